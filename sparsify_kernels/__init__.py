@@ -1,0 +1,18 @@
+"""Batched, sparse token operations for PyTorch: Triton on GPUs, C++ on CPUs, plain PyTorch anywhere.
+
+>>> import torch
+>>> from sparsify_kernels import random_mask
+>>> random_mask(torch.zeros(2, 64, 3072, dtype=torch.uint8), keep=0.25, seed=7).tokens.shape
+torch.Size([2, 16, 3072])
+"""
+
+from __future__ import annotations
+
+from sparsify_kernels._backends import backend_info, load_extension
+from sparsify_kernels.random_mask.op import RandomMask, random_mask
+
+__all__ = ["RandomMask", "backend_info", "random_mask"]
+
+__version__ = "0.1.0"
+
+load_extension()

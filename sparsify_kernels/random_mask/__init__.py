@@ -1,0 +1,1 @@
+"""Keep a random subset of the units of each sample, drawn by a counter-based generator."""

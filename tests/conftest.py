@@ -1,0 +1,38 @@
+"""Set-up shared by all tests: the Triton interpreter where there is no GPU, poisoned allocations, few threads."""
+
+from __future__ import annotations
+
+import os
+
+# Read when a kernel is decorated, by Triton's own library too: it has to be set before anything imports Triton.
+if not os.path.exists("/dev/nvidia0") and not os.path.exists("/dev/kfd"):
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest
+import torch
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests marked ``gpu`` are skipped, saying so, where there is none."""
+    if torch.cuda.is_available():
+        return
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(pytest.mark.skip(reason="no GPU: the kernel ran under the Triton interpreter only"))
+
+
+@pytest.fixture(autouse=True)
+def _same_start() -> None:
+    """No test depends on which ran before it."""
+    torch.manual_seed(0)
+
+
+@pytest.fixture
+def poisoned() -> object:
+    """Fresh allocations hold NaN (or the largest integer) instead of whatever was there: an element never written
+    shows."""
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(deterministic)
