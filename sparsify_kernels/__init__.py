@@ -9,9 +9,23 @@ torch.Size([2, 16, 3072])
 from __future__ import annotations
 
 from sparsify_kernels._backends import backend_info, load_extension
+from sparsify_kernels.attention_scores.op import AttentionScores, attention_scores
+from sparsify_kernels.key_tokens.op import KeyTokens, gather_tokens, key_tokens
+from sparsify_kernels.merge_tokens.op import MergedTokens, merge_tokens
 from sparsify_kernels.random_mask.op import RandomMask, random_mask
 
-__all__ = ["RandomMask", "backend_info", "random_mask"]
+__all__ = [
+    "AttentionScores",
+    "KeyTokens",
+    "MergedTokens",
+    "RandomMask",
+    "attention_scores",
+    "backend_info",
+    "gather_tokens",
+    "key_tokens",
+    "merge_tokens",
+    "random_mask",
+]
 
 __version__ = "0.1.0"
 
