@@ -1,0 +1,1 @@
+"""Attention that also returns how much attention every key received."""

@@ -1,0 +1,1 @@
+"""Merge every token into its most similar key token."""
