@@ -57,6 +57,7 @@ class VisionConfig:
     embed_dim: int = 96
     depths: tuple[int, ...] = (2, 2, 6, 2)
     heads: tuple[int, ...] = (3, 6, 12, 24)
+    pretrained_windows: tuple[int, ...] = ()  # tokens, a number a stage, where ``weights`` were trained with other windows
     unit: int = 32  # pixels: side of a mask unit
 
     @property
@@ -115,7 +116,7 @@ class MaskConfig:
     """Sparse masking (paper, section 3.2): which epochs train on a random part of the input."""
 
     keep: float = 0.5
-    stratified: bool = True
+    stratified: bool = True  # the same number in every 2x2 units, for the ratios 1/4, 1/2 and 3/4; other ratios are drawn freely
     epochs: tuple[int, int | None] = (0, 3)  # a Python slice of the epochs: (0, 3) the first three, (0, -1) all but the last
     schedule: tuple[float, ...] = ()  # keep ratio of each epoch (the last one goes on); replaces keep and epochs
     eval: bool = False  # evaluate masked, too
@@ -301,6 +302,8 @@ def _validate(config: Config) -> None:
         _require(size % stage0 == 0, f"{name}.window_size", f"windows of {stage0} px that tile {size} px", enc.window_size)
         _require(size % enc.unit == 0, f"{name}.unit", f"a divisor of {size}", enc.unit)
         _require(enc.unit % halvings == 0, f"{name}.unit", f"a multiple of {halvings}, the last stage's token", enc.unit)
+    windows = v.pretrained_windows
+    _require(len(windows) in (0, len(v.depths)), "vision.pretrained_windows", f"{len(v.depths)} numbers or none", windows)
     _require(len(v.depths) == len(a.depths), "audio.depths", f"as many stages as vision.depths ({len(v.depths)})", a.depths)
     _require(a.spec_size % a.mel_bins == 0, "audio.spec_size", f"a multiple of mel_bins = {a.mel_bins}", a.spec_size)
     _require(0 < m.keep <= 1, "mask.keep", "a share in (0, 1]", m.keep)

@@ -1,0 +1,126 @@
+"""HTS-AT over log-mel images: transformers' CLAP audio encoder, stage by stage, with masked units left out of every attention.
+
+The log-mel of a segment is folded into a square (``ClapAudioEncoder.reshape_mel2img``): row ``r`` of the image is mel bin
+``r % mel_bins`` of run ``r // mel_bins``, and the runs follow each other in time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsify._torchvision import ensure_torchvision
+from sparsify.config import AudioConfig
+from sparsify.data.units import from_units
+from sparsify.errors import ConfigError
+from sparsify.model.masking import KeptUnits, join_windows, split_windows
+
+__all__ = ["AudioEncoder"]
+
+# Log-mel of music in dB lies between the -100 of silence and about +20. Random weights get these as the batch norm's running
+# statistics, which are never updated: CLAP's own are learnt and come with its weights.
+_MEL_MEAN, _MEL_STD = -30.0, 30.0  # dB
+
+
+class AudioEncoder(nn.Module):
+    """transformers' ``ClapAudioEncoder`` in steps: ``embed``, ``stage`` 0, 1, ..., ``finish``."""
+
+    def __init__(self, config: AudioConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.htsat = build_htsat(config)
+
+    @property
+    def stage_dims(self) -> list[int]:
+        """Channels after each stage: a stage ends with its patch merging, the last one has none."""
+        last = len(self.config.depths) - 1
+        return [self.config.embed_dim * 2 ** min(i + 1, last) for i in range(last + 1)]
+
+    def side(self, stage: int) -> int:
+        """Tokens along one side of an image, as ``stage`` returns them."""
+        last = len(self.config.depths) - 1
+        return self.config.spec_size // self.config.patch_size // 2 ** min(stage + 1, last)
+
+    def embed(self, mel: Tensor) -> Tensor:
+        """Log-mel in dB, in units [B, U, p*p], as patch embeddings [B, side, side, C].
+
+        The batch norm over mel bins uses its running statistics in training too: as a scale and a shift of the image's rows. The
+        statistics of a batch would make a sample depend on its neighbours.
+        """
+        image = from_units(mel, self.config.unit, (self.config.units, self.config.units))
+        norm = self.htsat.batch_norm
+        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)  # [mel_bins]
+        shift = norm.bias - norm.running_mean * scale
+        runs = self.config.spec_size // self.config.mel_bins
+        image = image.to(scale.dtype) * scale.repeat(runs).unsqueeze(1) + shift.repeat(runs).unsqueeze(1)
+        side = self.config.spec_size // self.config.patch_size
+        return self.htsat.patch_embed(image).view(-1, side, side, self.config.embed_dim)
+
+    def stage(self, index: int, x: Tensor, kept: KeptUnits | None) -> Tensor:
+        """[B, H, W, C] through stage ``index``; without ``kept`` it is transformers' own forward."""
+        layer: Any = self.htsat.layers[index]
+        batch, side = len(x), x.shape[1]
+        x = x.flatten(1, 2)
+        if kept is None:
+            x = layer(x, (side, side))[0]
+        else:
+            for block in layer.blocks:
+                x = _masked_block(block, x, side, kept)
+            if layer.downsample is not None:
+                x = layer.downsample(x, (side, side))
+        side = self.side(index)
+        return x.view(batch, side, side, -1)
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The final norm: [B, side, side, out_dim]."""
+        return self.htsat.norm(x)
+
+
+def _masked_block(block: Any, x: Tensor, side: int, kept: KeptUnits) -> Tensor:
+    block.set_shift_and_window_size(
+        (side, side)
+    )  # as the library does on every call: a grid of one window is not shifted
+    window, shift = int(block.window_size), int(block.shift_size)
+    wrap = block.get_attn_mask(side, side, dtype=torch.get_default_dtype(), device=x.device)
+    y = block.layernorm_before(x).view(-1, side, side, x.shape[-1])
+    if shift:
+        y = torch.roll(y, (-shift, -shift), (1, 2))
+    y = block.attention(split_windows(y, window), kept.window_mask(side, window, shift, wrap))[0]
+    y = join_windows(y, window, side)
+    if shift:
+        y = torch.roll(y, (shift, shift), (1, 2))
+    x = x + block.drop_path(y.flatten(1, 2))
+    return x + block.output(block.intermediate(block.layernorm_after(x)))
+
+
+def build_htsat(config: AudioConfig) -> Any:
+    """A ``ClapAudioEncoder`` of this geometry with random weights, without feature fusion and without dropout."""
+    ensure_torchvision()
+    from transformers import ClapAudioConfig
+    from transformers.models.clap.modeling_clap import ClapAudioModel
+
+    last_side = config.spec_size // config.patch_size // 2 ** (len(config.depths) - 1)
+    if last_side < config.window_size:
+        raise ConfigError(
+            f"config.audio.window_size: expected at most the {last_side} tokens of the last stage's side, got {config.window_size}"
+        )
+    clap = ClapAudioConfig(
+        spec_size=config.spec_size,
+        num_mel_bins=config.mel_bins,
+        window_size=config.window_size,
+        patch_size=config.patch_size,
+        patch_stride=[config.patch_size, config.patch_size],
+        patch_embeds_hidden_size=config.embed_dim,
+        hidden_size=config.out_dim,
+        depths=list(config.depths),
+        num_attention_heads=list(config.heads),
+        num_hidden_layers=len(config.depths),
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    htsat = ClapAudioModel(clap).audio_encoder
+    htsat.batch_norm.running_mean.fill_(_MEL_MEAN)
+    htsat.batch_norm.running_var.fill_(_MEL_STD**2)
+    return htsat

@@ -1,0 +1,86 @@
+"""Swin-V2 over frames: timm's own modules, stage by stage, with masked units left out of every attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from sparsify._torchvision import ensure_torchvision
+from sparsify.config import VisionConfig
+from sparsify.data.units import from_units
+from sparsify.model.masking import KeptUnits, join_windows, split_windows
+
+__all__ = ["VisionEncoder"]
+
+# Every Swin-V2 of timm was trained on frames normalised with these (its default_cfg): ImageNet's mean and deviation.
+_MEAN = (0.485, 0.456, 0.406)
+_STD = (0.229, 0.224, 0.225)
+
+
+class VisionEncoder(nn.Module):
+    """timm's ``SwinTransformerV2``, without a classifier, in steps: ``embed``, ``stage`` 0, 1, ..., ``finish``."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.swin = build_swin(config)
+        self.register_buffer("mean", 255 * torch.tensor(_MEAN).view(3, 1, 1), persistent=False)
+        self.register_buffer("std", 255 * torch.tensor(_STD).view(3, 1, 1), persistent=False)
+
+    @property
+    def stage_dims(self) -> list[int]:
+        """Channels after each stage."""
+        return [self.config.embed_dim * 2**i for i in range(len(self.config.depths))]
+
+    def side(self, stage: int) -> int:
+        """Tokens along one side of a frame, as ``stage`` returns them."""
+        return self.config.image_size // self.config.patch_size // 2**stage
+
+    def embed(self, frames: Tensor) -> Tensor:
+        """Pixels, 0 to 255, in units [B, U, 3*p*p], as patch embeddings [B, side, side, C]."""
+        image = from_units(frames, self.config.unit, (self.config.units, self.config.units))
+        return self.swin.patch_embed((image - self.mean) / self.std)
+
+    def stage(self, index: int, x: Tensor, kept: KeptUnits | None) -> Tensor:
+        """[B, H, W, C] through stage ``index``; without ``kept`` it is timm's own forward."""
+        layer: Any = self.swin.layers[index]
+        if kept is None:
+            return layer(x)
+        x = layer.downsample(x)
+        for block in layer.blocks:
+            x = x + block.drop_path1(block.norm1(_masked_attention(block, x, kept)))
+            x = x + block.drop_path2(block.norm2(block.mlp(x)))
+        return x
+
+    def finish(self, x: Tensor) -> Tensor:
+        """The final norm: [B, side, side, out_dim]."""
+        return self.swin.norm(x)
+
+
+def _masked_attention(block: Any, x: Tensor, kept: KeptUnits) -> Tensor:
+    side, window, shift = x.shape[1], block.window_size[0], block.shift_size[0]
+    if shift:
+        x = torch.roll(x, (-shift, -shift), (1, 2))
+    out = block.attn(split_windows(x, window), mask=kept.window_mask(side, window, shift, block.attn_mask))
+    out = join_windows(out, window, side)
+    return torch.roll(out, (shift, shift), (1, 2)) if shift else out
+
+
+def build_swin(config: VisionConfig) -> Any:
+    """A ``SwinTransformerV2`` of this geometry with random weights."""
+    ensure_torchvision()
+    from timm.models.swin_transformer_v2 import SwinTransformerV2
+
+    return SwinTransformerV2(
+        img_size=config.image_size,
+        patch_size=config.patch_size,
+        window_size=config.window_size,
+        embed_dim=config.embed_dim,
+        depths=config.depths,
+        num_heads=config.heads,
+        pretrained_window_sizes=config.pretrained_windows or (0,) * len(config.depths),
+        drop_path_rate=0.0,
+        num_classes=0,
+    )
