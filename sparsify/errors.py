@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["SparsifyError", "DataError", "MediaError", "TruncatedMediaError", "CheckpointError", "ConfigError", "UsageError"]
+__all__ = ["SparsifyError", "DataError", "MediaError", "TruncatedMediaError", "CheckpointError", "ConfigError", "UsageError", "TrainingError"]
 
 
 class SparsifyError(Exception):
@@ -41,3 +41,7 @@ class CheckpointError(SparsifyError):
     """A checkpoint folder is incomplete, of another version, or does not fit the model."""
 
     exit_code = 5
+
+
+class TrainingError(SparsifyError):
+    """Training cannot go on (a loss that is not finite); names the step and its videos."""
