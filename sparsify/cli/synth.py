@@ -1,0 +1,103 @@
+"""``sparsify synth``: render a data set of music performances in MUSIC-AVQA's layout."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from sparsify.cli._parser import count, positive, seed
+from sparsify.errors import UsageError
+
+__all__ = ["add", "run"]
+
+DESCRIPTION = """\
+Renders a data set in MUSIC-AVQA's own layout: real mp4 files of one to five players, their sound from a General MIDI
+sound font, and questions from the data set's 33 templates with answers that are true by construction. The same seed
+gives the same data set."""
+
+EPILOG = """\
+examples:
+  sparsify synth data/demo                                    2,000 + 200 + 400 clips of 4 s
+  sparsify synth data/tiny --train 16 --val 4 --test 4        for a first look: seconds
+  sparsify synth data/real --standins data/real/annotations/avqa-val.json --videos 200
+                                                              stand-in clips for videos you do not have"""
+
+
+def add(commands: Any) -> None:
+    parser = commands.add_parser(
+        "synth",
+        help="render a data set: real mp4 files with players, sound, questions and answers",
+        usage="sparsify synth ROOT [options]",
+        description=DESCRIPTION,
+        epilog=EPILOG,
+    )
+    parser.add_argument("root", metavar="ROOT", type=Path, help="folder to fill; made if it does not exist")
+    size = parser.add_argument_group("size")
+    size.add_argument("--train", metavar="CLIPS", type=count, default=2000, help="training clips")
+    size.add_argument("--val", metavar="CLIPS", type=count, default=200, help="validation clips")
+    size.add_argument("--test", metavar="CLIPS", type=count, default=400, help="test clips")
+    clip = parser.add_argument_group("clips")
+    clip.add_argument("--seconds", metavar="SECONDS", type=positive, default=4.0, help="length of a clip")
+    clip.add_argument("--size", metavar="PIXELS", type=count, default=128, help="width and height, even")
+    clip.add_argument("--fps", metavar="FPS", type=count, default=8, help="frames per second")
+    clip.add_argument("--seed", metavar="SEED", type=seed, default=0, help="decides everything that is drawn")
+    parser.add_argument("--workers", metavar="N", type=count, help="rendering processes (default: one a core)")
+    standins = parser.add_argument_group("stand-ins for a real data set")
+    standins.add_argument(
+        "--standins",
+        metavar="FILE",
+        type=Path,
+        help="instead of a data set of its own: clips for the videos that this annotation file asks about",
+    )
+    standins.add_argument("--videos", metavar="N", type=count, help="stand in for the first N of them (default: 200)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    if args.size < 16 or args.size % 2:
+        raise UsageError(f"--size {args.size}: expected an even number of pixels of at least 16")
+    if not 1 <= args.fps <= 60:
+        raise UsageError(f"--fps {args.fps}: expected 1 to 60 frames per second")
+    if args.videos is not None and args.standins is None:
+        raise UsageError("--videos is for --standins FILE; for a data set of its own give --train, --val and --test")
+    if args.root.exists() and not args.root.is_dir():
+        raise UsageError(f"ROOT {args.root} is a file; expected a folder")
+    if args.standins is not None:
+        return _standins(args)
+    return _data_set(args)
+
+
+def _data_set(args: argparse.Namespace) -> int:
+    clips = args.train + args.val + args.test
+    if not clips:
+        raise UsageError("--train, --val and --test are all 0: there is nothing to render")
+    from sparsify import synth
+    from sparsify.progress import progress_bar
+
+    with progress_bar("render", clips) as advance:
+        synth.write(
+            args.root,
+            train=args.train,
+            val=args.val,
+            test=args.test,
+            seed=args.seed,
+            seconds=args.seconds,
+            size=args.size,
+            fps=args.fps,
+            workers=args.workers,
+            progress=advance,
+        )
+    print(f"{clips:,} clips in {args.root}; train with: sparsify train {args.root} --output runs/demo")
+    return 0
+
+
+def _standins(args: argparse.Namespace) -> int:
+    from sparsify import synth
+    from sparsify.progress import progress_bar
+
+    videos = 200 if args.videos is None else args.videos
+    with progress_bar("render", videos) as advance:
+        synth.write_standins(args.root, args.standins, videos=videos, progress=advance)
+    print(f"stand-in clips in {args.root}/videos for the first {videos:,} videos of {args.standins}")
+    return 0
