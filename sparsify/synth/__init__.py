@@ -1,0 +1,1 @@
+"""Rendered performances with questions that are true by construction: the built-in data set."""

@@ -1,0 +1,165 @@
+"""Plan a split: which scenes, and which of the questions they answer are asked, so that no answer is a good guess.
+
+The template asked least so far comes first, with its most missing answer; scenes are drawn until one gives that answer; then the scene's other
+questions fill whatever else lacks most. Answers are kept level for each template and for each filled question ("Is there a violin sound?").
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from sparsify.data.templates import INSTRUMENTS, TEMPLATES, Template
+from sparsify.synth.casting import cast, plan_for
+from sparsify.synth.questions import COUNTS, Candidate, candidates, candidates_of
+from sparsify.synth.scene import Scene
+
+__all__ = ["PlannedClip", "plan_split"]
+
+TRIES = 40  # scenes drawn for one wanted answer before another answer is wanted
+HARD = 0.5  # share of the draws that prefer a question which eye or ear alone would get wrong
+
+
+@dataclass(frozen=True)
+class PlannedClip:
+    """One clip to render and what is asked about it."""
+
+    scene: Scene
+    questions: tuple[Candidate, ...]
+
+
+def _shares(start: str, *counts: float) -> tuple[str, dict[str, float]]:
+    return start, dict(zip(COUNTS, counts, strict=False))
+
+
+# Shares of the answers of a template; five players that sound at once are rare because hardly an ear counts them.
+_COUNT_SHARES = dict(
+    (
+        _shares("How many musical instruments were", 0.13, 0.22, 0.22, 0.22, 0.16, 0.05),
+        _shares("How many types of musical instruments appeared", 0.0, 0.23, 0.23, 0.22, 0.19, 0.13),
+        _shares("How many <Object> are", 0.2, 0.2, 0.2, 0.18, 0.13, 0.09),
+        _shares("How many instruments are sounding", 0.17, 0.22, 0.22, 0.2, 0.14, 0.05),
+        _shares("How many types of musical instruments sound", 0.12, 0.25, 0.25, 0.22, 0.16),
+        _shares("How many instruments in the video did not", 0.21, 0.21, 0.21, 0.2, 0.12, 0.05),
+        _shares("How many sounding", 0.21, 0.21, 0.21, 0.19, 0.12, 0.06),
+    )
+)
+_CLOSED: dict[str, tuple[str, ...]] = {
+    "Where is the performance?": ("indoor", "outdoor"),
+    "Where is the <": ("left", "middle", "right"),
+    "Which <Object> makes": ("left", "middle", "right", "simultaneously"),
+    "What ": INSTRUMENTS,
+    "Which i": INSTRUMENTS,
+}
+
+
+def _answer_shares(template: Template) -> dict[str, float]:
+    for start, shares in _COUNT_SHARES.items():
+        if template.text.startswith(start):
+            return {answer: share for answer, share in shares.items() if share > 0}
+    answers = next((a for start, a in _CLOSED.items() if template.text.startswith(start)), ("yes", "no"))
+    return {answer: 1 / len(answers) for answer in answers}
+
+
+class _Ledger:
+    """Counts of what was asked and answered so far."""
+
+    def __init__(self) -> None:
+        self.shares = {t: _answer_shares(t) for t in TEMPLATES}
+        self.asked: Counter[Template] = Counter()
+        self.answered: Counter[tuple[Template, str]] = Counter()
+        self.filled: Counter[tuple[Template, tuple[str, ...]]] = Counter()
+        self.filled_answered: Counter[Candidate | tuple[Template, tuple[str, ...], str]] = Counter()
+
+    def add(self, c: Candidate) -> None:
+        self.asked[c.template] += 1
+        self.answered[c.template, c.answer] += 1
+        self.filled[c.template, c.values] += 1
+        self.filled_answered[c.template, c.values, c.answer] += 1
+
+    def missing(self, template: Template, answer: str) -> float:
+        """How many answers short of its share ``answer`` is."""
+        return self.shares[template][answer] * (self.asked[template] + 1) - self.answered[template, answer]
+
+    def fits(self, c: Candidate) -> bool:
+        """Whether asking ``c`` keeps the answers of its template and of its filled question level."""
+        share = self.shares[c.template].get(c.answer, 0.0)
+        slack = 1.0 - share
+        if share == 0.0 or self.missing(c.template, c.answer) < 1.0 - slack - 1e-9:
+            return False
+        asked, answered = self.filled[c.template, c.values], self.filled_answered[c.template, c.values, c.answer]
+        return answered + 1 <= share * (asked + 1) + slack + 1e-9
+
+    def need(self, c: Candidate) -> tuple[int, int, float]:
+        """Sorts candidates: the least asked template and filled question, the most missing answer."""
+        return self.asked[c.template], self.filled[c.template, c.values], -self.missing(c.template, c.answer)
+
+
+def plan_split(
+    count: int, rng: random.Random, *, seconds: float, size: int, questions: tuple[int, int], used: set[str]
+) -> Iterator[PlannedClip]:
+    """``count`` clips with ``questions`` (least, most) questions each. Scenes in ``used`` are not drawn again; new ones are added."""
+    ledger = _Ledger()
+    for _ in range(count):
+        scene, first = _first_question(ledger, rng, seconds, size, used)
+        used.add(_signature(scene))
+        ledger.add(first)
+        chosen = [first]
+        others = candidates(scene)
+        for _ in range(rng.randint(*questions) - 1):
+            asked = {c.template for c in chosen}
+            fitting = [c for c in others if c.template not in asked and ledger.fits(c)]
+            if not fitting:
+                break
+            best = _pick(ledger, fitting, rng)
+            ledger.add(best)
+            chosen.append(best)
+        rng.shuffle(chosen)
+        yield PlannedClip(scene, tuple(chosen))
+
+
+def _first_question(
+    ledger: _Ledger, rng: random.Random, seconds: float, size: int, used: set[str]
+) -> tuple[Scene, Candidate]:
+    least = min(ledger.asked[t] for t in TEMPLATES)
+    for template in sorted((t for t in TEMPLATES if ledger.asked[t] <= least + 1), key=lambda t: (ledger.asked[t], rng.random())):
+        answers = sorted(ledger.shares[template], key=lambda a: (-ledger.missing(template, a), rng.random()))
+        for answer in answers[:4]:
+            for _ in range(TRIES):
+                scene = cast(plan_for(template.text, answer, rng), rng, seconds, size)
+                found = [c for c in candidates_of(scene, template) if _wanted(ledger, c, answer)]
+                if found and _signature(scene) not in used:
+                    return scene, _pick(ledger, found, rng)
+    raise RuntimeError("no scene answers any of the questions that are due")  # a hole in plan_for
+
+
+def _wanted(ledger: _Ledger, c: Candidate, answer: str) -> bool:
+    # An instrument is any of 22: whichever the scene names is as good as the one wanted.
+    return ledger.fits(c) and (c.answer == answer or answer in INSTRUMENTS)
+
+
+def _pick(ledger: _Ledger, fitting: list[Candidate], rng: random.Random) -> Candidate:
+    least = min(ledger.asked[c.template] for c in fitting)
+    fitting = [c for c in fitting if ledger.asked[c.template] == least]
+    template = rng.choice(sorted({c.template.text for c in fitting}))
+    fitting = [c for c in fitting if c.template.text == template]
+    if rng.random() < HARD:
+        fitting = [c for c in fitting if c.hard] or fitting
+    if template.startswith(("Is there a <", "Are there")):  # "no" is true of many more instruments than "yes"
+        answer = max(sorted({c.answer for c in fitting}), key=lambda a: (ledger.missing(fitting[0].template, a), rng.random()))
+        fitting = [c for c in fitting if c.answer == answer]
+    rng.shuffle(fitting)
+    return min(fitting, key=ledger.need)
+
+
+def _signature(scene: Scene) -> str:
+    """Equal for scenes that show and play the same, whatever their scenery."""
+    facts = scene.to_dict()
+    del facts["seed"]
+    for player in facts["players"]:
+        del player["box"]
+    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
