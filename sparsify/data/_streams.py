@@ -17,13 +17,11 @@ from sparsify.errors import MediaError
 __all__ = [
     "Container",
     "Scan",
-    "Sound",
     "VideoStream",
     "audio_stream",
     "declared_seconds",
+    "hear",
     "opened",
-    "picture_stream",
-    "resampled",
     "scan",
     "video_stream",
 ]
@@ -33,13 +31,6 @@ VideoStream: TypeAlias = av.VideoStream
 
 _GAP = 0.1  # seconds of missing sound that are filled with silence; less is rounding of timestamps
 _LEAST = 1e-3  # seconds: a file that holds less is empty
-
-
-class Sound(NamedTuple):
-    """A run of sound at one rate."""
-
-    samples: np.ndarray  # float32 [n], mean of the channels
-    rate: int  # Hz
 
 
 class Scan(NamedTuple):
@@ -52,7 +43,6 @@ class Scan(NamedTuple):
     start: float  # seconds: the file's clock at clip time 0
     end: float  # seconds of clip time: where the last readable packet ends
     extents: list[tuple[str, float, float]]  # (stream, readable seconds, declared seconds)
-    sound: list[Sound]  # empty: no audio stream (or not asked for)
 
 
 @contextmanager
@@ -128,112 +118,115 @@ def declared_seconds(container: Container, stream: av.stream.Stream) -> float:
     return container.duration / av.time_base if container.duration else 0.0
 
 
-def scan(container: Container, video: VideoStream | None, audio: av.AudioStream | None) -> Scan:
-    """Read every packet from the start: note the pictures' timestamps, decode the sound, see how far the file goes.
+def scan(container: Container, path: str | Path) -> Scan:
+    """Read every packet from the start and decode none: the pictures' timestamps, and how far the file really goes.
 
     Raises ``MediaError`` when there is nothing to read.
     """
-    table: tuple[list[int | None], list[int | None], list[bool], list[bool]] = ([], [], [], [])
-    start = container.start_time / av.time_base if container.start_time else 0.0
-    declared_all = container.duration / av.time_base if container.duration else 0.0
+    video, audio = picture_stream(container), audio_stream(container)
+    pts: list[int | None] = []
+    dts: list[int | None] = []
+    key: list[bool] = []
+    shown: list[bool] = []
+    streams = [s for s in (video, audio) if s is not None]
+    tick = {s.index: float(s.time_base) for s in streams}
     first: dict[int, float] = {}
     last: dict[int, float] = {}
-    ears = _Ears(start, declared_all) if audio is not None else None
-    streams = [s for s in container.streams if s.type in ("video", "audio")]
     try:
         for packet in container.demux(streams):
             at = packet.pts if packet.pts is not None else packet.dts
             if at is None:  # the flush at the end of each stream
-                if ears is not None and packet.stream_index == audio.index:
-                    ears.hear(packet)
                 continue
             index = packet.stream_index
             if not packet.is_corrupt:
-                begin = float(at * packet.time_base)
+                begin = at * tick[index]
                 first[index] = min(begin, first.get(index, begin))
-                last[index] = max(begin + float((packet.duration or 0) * packet.time_base), last.get(index, begin))
+                last[index] = max(begin + (packet.duration or 0) * tick[index], last.get(index, begin))
             if video is not None and index == video.index:
-                table[0].append(packet.pts)
-                table[1].append(packet.dts)
-                table[2].append(packet.is_keyframe)
-                table[3].append(not packet.is_discard)
-            elif ears is not None and index == audio.index:
-                ears.hear(packet)
+                pts.append(packet.pts)
+                dts.append(packet.dts)
+                key.append(packet.is_keyframe)
+                shown.append(not packet.is_discard)
     except av.error.FFmpegError:
-        pass  # the rest cannot be read: the extents below say how much that is
+        pass  # the rest cannot be read: the extents say how much that is
     if not last:
-        raise MediaError(f"{container.name.removeprefix('file:')}: holds no picture and no sound that can be read")
+        raise MediaError(f"{path}: holds no picture and no sound that can be read")
+    start = container.start_time / av.time_base if container.start_time else 0.0
     end = max(max(last.values()) - start, _LEAST)
-    extents = [("file", end, declared_all)]
+    extents = [("file", end, container.duration / av.time_base if container.duration else 0.0)]
     for stream, name in ((video, "picture"), (audio, "sound")):
         # Only what a stream declares of itself: a sound that ends before the picture does is whole.
-        if stream is not None and stream.duration is not None and stream.time_base is not None:
+        if stream is not None and stream.duration is not None:
             readable = last[stream.index] - first[stream.index] if stream.index in last else 0.0
-            extents.append((name, readable, float(stream.duration * stream.time_base)))
-    return Scan(*table, start, end, extents, ears.sound() if ears is not None else [])
+            extents.append((name, readable, stream.duration * tick[stream.index]))
+    return Scan(pts, dts, key, shown, start, end, extents)
 
 
-class _Ears:
-    """Gathers the decoded sound of a stream, its channels averaged, each sample in its place on the clip's clock."""
+def hear(container: Container, start: float, end: float, rate: int) -> np.ndarray | None:
+    """The file's sound, the mean of its channels, each sample in its place on the clip's clock.
 
-    def __init__(self, start: float, declared: float) -> None:
+    Args:
+        container: as just opened.
+        start: the file's clock at clip time 0, in seconds.
+        end: where the clip ends, in seconds of clip time: nothing is placed after it.
+        rate: Hz of the result.
+
+    Returns:
+        float32 [n], or None where the file has no audio stream.
+    """
+    audio = audio_stream(container)
+    if audio is None:
+        return None
+    track = _Track(start, end)
+    try:
+        for packet in container.demux(audio):
+            try:
+                frames = packet.decode()
+            except av.error.FFmpegError:
+                continue  # a damaged packet: the next one's timestamp leaves a gap of silence
+            for frame in frames:
+                track.add(frame)
+    except av.error.FFmpegError:
+        pass  # the rest cannot be read: what is there is heard
+    return track.at_rate(rate)
+
+
+class _Track:
+    """Runs of decoded sound at one rate each, one after the other (a stream may change its rate)."""
+
+    def __init__(self, start: float, end: float) -> None:
         self._start = start
-        self._limit = declared + 60.0  # seconds: a timestamp beyond this is damaged, and no reason to add hours of silence
-        self._pieces: dict[int, list[np.ndarray]] = {}  # per rate, in order
-        self._rates: list[int] = []
-        self._runs: list[list[np.ndarray]] = []
-        self._seconds = 0.0
-        self._planar: av.AudioResampler | None = None
+        self._end = end
+        self._runs: list[tuple[int, list[np.ndarray]]] = []  # (Hz, pieces)
+        self._seconds = 0.0  # gathered so far
+        self._planar = av.AudioResampler(format="fltp")
 
-    def hear(self, packet: av.Packet) -> None:
-        try:
-            frames = packet.decode()
-        except av.error.FFmpegError:
-            return  # a damaged packet: the next one's timestamp leaves a gap of silence
-        for frame in frames:
-            for part in self._as_planar(frame):
-                self._add(part)
+    def add(self, frame: av.AudioFrame) -> None:
+        time = frame.time
+        for part in [frame] if frame.format.name == "fltp" else self._planar.resample(frame):
+            rate, samples = part.sample_rate, part.samples
+            if not self._runs or self._runs[-1][0] != rate:
+                self._runs.append((rate, []))
+            if time is not None and _GAP < time - self._start - self._seconds and time - self._start < self._end:
+                self._append(np.zeros(round((time - self._start - self._seconds) * rate), np.float32))
+            channels = [np.frombuffer(plane, np.float32, samples) for plane in part.planes]
+            self._append(sum(channels[1:], channels[0]) / np.float32(len(channels)))
 
-    def _as_planar(self, frame: av.AudioFrame) -> list[av.AudioFrame]:
-        if frame.format.name == "fltp":
-            return [frame]
-        if self._planar is None:
-            self._planar = av.AudioResampler(format="fltp")
-        return self._planar.resample(frame)
+    def _append(self, samples: np.ndarray) -> None:
+        rate, pieces = self._runs[-1]
+        pieces.append(samples)
+        self._seconds += len(samples) / rate
 
-    def _add(self, frame: av.AudioFrame) -> None:
-        rate, samples = frame.sample_rate, frame.samples
-        if not self._rates or self._rates[-1] != rate:
-            self._rates.append(rate)
-            self._runs.append([])
-        if frame.time is not None:
-            gap = frame.time - self._start - self._seconds
-            if _GAP < gap < self._limit:
-                silence = round(gap * rate)
-                self._runs[-1].append(np.zeros(silence, np.float32))
-                self._seconds += silence / rate
-        channels = [np.frombuffer(plane, np.float32, samples) for plane in frame.planes]
-        mono = channels[0].copy() if len(channels) == 1 else sum(channels[1:], channels[0]) / np.float32(len(channels))
-        self._runs[-1].append(mono)
-        self._seconds += samples / rate
-
-    def sound(self) -> list[Sound]:
-        """The runs heard; one of no samples where a stream is there and nothing of it could be decoded."""
-        if not self._runs:
-            return [Sound(np.zeros(0, np.float32), 48_000)]
-        return [Sound(np.concatenate(run), rate) for run, rate in zip(self._runs, self._rates, strict=True)]
+    def at_rate(self, rate: int) -> np.ndarray:
+        runs = [_resample(np.concatenate(pieces), of, rate) for of, pieces in self._runs]
+        return np.concatenate([np.zeros(0, np.float32), *runs])
 
 
-def resampled(sound: list[Sound], rate: int) -> np.ndarray:
-    """All runs of ``sound`` one after the other at ``rate`` Hz: float32 [n]."""
-    return np.concatenate([np.zeros(0, np.float32)] + [_resample(run, rate) for run in sound])
-
-
-def _resample(sound: Sound, rate: int) -> np.ndarray:
-    if sound.rate == rate or len(sound.samples) == 0:
-        return sound.samples
-    frame = av.AudioFrame.from_ndarray(sound.samples[None], format="fltp", layout="mono")
-    frame.sample_rate = sound.rate
-    resampler = av.AudioResampler(format="fltp", layout="mono", rate=rate)
+def _resample(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:
+    if rate == wanted:
+        return samples
+    frame = av.AudioFrame.from_ndarray(samples[None], format="fltp", layout="mono")
+    frame.sample_rate = rate
+    resampler = av.AudioResampler(format="fltp", layout="mono", rate=wanted)
     parts = [*resampler.resample(frame), *resampler.resample(None)]
     return np.concatenate([part.to_ndarray()[0] for part in parts])

@@ -4,9 +4,9 @@ Clip time: second 0 is where the file's first stream starts. A frame is shown fr
 *at* a time is the latest frame at or before it (the first one before that, the last one after): with a variable frame rate, too. Frames
 are turned as their display matrix says and resized whole to a square, the aspect not kept. Sound is the mean of its channels.
 
-Reading makes two passes. The first reads every packet but decodes only the sound; it learns which frames exist and how far the file
-really goes. The second decodes, from its key frame on, each run of frames that a wanted one needs: a few seeks for few frames, one pass
-for many (``sparsify.data._pictures``).
+A first pass reads every packet and decodes none: which frames exist, and how far the file really goes. Then pictures and sound are decoded
+side by side: each run of frames that a wanted one needs, from its key frame on, which is a few seeks for few frames and one pass for many
+(``sparsify.data._pictures``), and all of the sound.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from sparsify.batch import Clip
 from sparsify.data import _pictures, _streams
-from sparsify.data.mel import log_mel, mel_image
+from sparsify.data.mel import SILENCE_DB, log_mel, mel_image
 from sparsify.data.units import to_units
 from sparsify.errors import MediaError, TruncatedMediaError
 
@@ -65,7 +65,7 @@ def probe(path: str | Path) -> MediaInfo:
         width, height = (frame.height, frame.width) if turns % 2 else (frame.width, frame.height)
         rate = video.average_rate or video.guessed_rate
         return MediaInfo(
-            duration=_streams.declared_seconds(container, video) or _streams.scan(container, video, None).end,
+            duration=_streams.declared_seconds(container, video) or _streams.scan(container, path).end,
             width=width,
             height=height,
             fps=float(rate) if rate else 0.0,
@@ -95,7 +95,7 @@ def read_frames(
     """
     with _streams.opened(path) as container:
         video = _streams.video_stream(container, path)
-        found = _streams.scan(container, video, None)
+        found = _streams.scan(container, path)
         _refuse_truncated(found, path, partial)
         wanted = frame_times(found.end, times) if isinstance(times, int) else list(times)
         pictures = _shown(container, video, found, wanted, size, path, partial, threads)
@@ -112,12 +112,11 @@ def read_audio(path: str | Path, sample_rate: int, *, partial: bool = False) -> 
         TruncatedMediaError, MediaError: as ``read_frames``; a file without a picture is read all the same.
     """
     with _streams.opened(path) as container:
-        audio = _streams.audio_stream(container)
-        if audio is None:
-            return np.zeros(0, np.float32), False
-        found = _streams.scan(container, _streams.picture_stream(container), audio)
+        found = _streams.scan(container, path)
         _refuse_truncated(found, path, partial)
-        return _streams.resampled(found.sound, sample_rate), True
+        container.seek(0)
+        wave = _streams.hear(container, found.start, found.end, sample_rate)
+    return (np.zeros(0, np.float32), False) if wave is None else (wave, True)
 
 
 def read_clip(
@@ -149,39 +148,42 @@ def read_clip(
     clip, size = config.clip, config.vision.image_size
     with _streams.opened(path) as container, ThreadPoolExecutor(1) as helper:
         video = _streams.video_stream(container, path)
-        found = _streams.scan(container, video, _streams.audio_stream(container) if audio else None)
+        found = _streams.scan(container, path)
         _refuse_truncated(found, path, partial)
         starts = segment_starts(found.end, clip.segments, clip.segment_seconds)
-        if threads == 1:
-            mel = _mel_units(found, starts, config)
-        else:
-            pending = helper.submit(_mel_units, found, starts, config)
         times = frame_times(found.end, clip.frames)
+        side_by_side = audio and threads != 1
+        listening = helper.submit(_mel_units, path, found, starts, config) if side_by_side else None
         if frames:
             pictures = torch.from_numpy(_shown(container, video, found, times, size, path, partial, threads))
         else:
             pictures = torch.zeros(clip.frames, size, size, 3, dtype=torch.uint8)
-        if threads != 1:
-            mel = pending.result()
+        mel, heard = listening.result() if listening else _mel_units(path if audio else None, found, starts, config)
     return Clip(
         frames=to_units(pictures.permute(0, 3, 1, 2), config.vision.unit),
         mel=mel,
         frame_time=torch.tensor(times, dtype=torch.float32),
         segment_time=torch.tensor(starts, dtype=torch.float32),
         duration=torch.tensor(found.end, dtype=torch.float32),
-        has_audio=torch.tensor(bool(found.sound)),
+        has_audio=torch.tensor(heard),
     )
 
 
-def _mel_units(found: _streams.Scan, starts: list[float], config: Config) -> Tensor:
-    """fp16 [S, Ua, unit * unit]: the mel images of the segments that start at ``starts`` seconds."""
-    clip = config.clip
-    wave = _streams.resampled(found.sound, clip.sample_rate)
+def _mel_units(
+    path: str | Path | None, found: _streams.Scan, starts: list[float], config: Config
+) -> tuple[Tensor, bool]:
+    """fp16 [S, Ua, unit * unit], the mel images of the segments that start at ``starts`` seconds, and whether there is any sound."""
+    clip, audio = config.clip, config.audio
+    wave = None
+    if path is not None:
+        with _streams.opened(path) as container:  # its own: a container belongs to one thread
+            wave = _streams.hear(container, found.start, found.end, clip.sample_rate)
+    if wave is None:
+        return torch.full((clip.segments, audio.units**2, audio.unit**2), SILENCE_DB, dtype=torch.float16), False
     samples = round(clip.segment_seconds * clip.sample_rate)
-    pieces = [wave[round(s * clip.sample_rate) :][:samples] for s in starts]
-    decibels = torch.stack([log_mel(torch.from_numpy(p), clip, config.audio.mel_bins) for p in pieces])
-    image = mel_image(decibels, config.audio)  # [S, spec, spec]
-    return to_units(image.unsqueeze(1), config.audio.unit).half()
+    pieces = [torch.from_numpy(wave[round(s * clip.sample_rate) :][:samples]) for s in starts]
+    image = mel_image(torch.stack([log_mel(piece, clip, audio.mel_bins) for piece in pieces]), audio)
+    return to_units(image.unsqueeze(1), audio.unit).half(), True  # [S, 1, spec, spec] -> [S, Ua, unit * unit]
 
 
 def _shown(

@@ -46,11 +46,13 @@ def log_mel(wave: Tensor, clip: ClipConfig, mel_bins: int) -> Tensor:
     if 0 < len(wave) < samples:
         wave = wave.repeat(samples // len(wave))
     wave = torch.nn.functional.pad(wave, (0, samples - len(wave)))
-    window = torch.hann_window(clip.fft, dtype=torch.float64)
-    spectrum = torch.stft(wave, clip.fft, clip.hop, window=window, center=True, pad_mode="reflect", return_complex=True)
-    power = spectrum.real.square() + spectrum.imag.square()  # [fft / 2 + 1, frames]
+    # The same as torch.stft, which takes three times as long here.
+    wave = torch.nn.functional.pad(wave[None], (clip.fft // 2, clip.fft // 2), mode="reflect")[0]
+    windows = wave.unfold(0, clip.fft, clip.hop) * torch.hann_window(clip.fft, dtype=torch.float64)
+    spectrum = torch.fft.rfft(windows)  # [frames, fft / 2 + 1]
+    power = spectrum.real.square() + spectrum.imag.square()
     filters = _filters(clip.sample_rate, clip.fft, clip.f_min, clip.f_max, mel_bins)
-    return 10 * torch.log10((power.T @ filters).clamp(min=_FLOOR)).float()
+    return 10 * torch.log10((power @ filters).clamp(min=_FLOOR)).float()
 
 
 def mel_image(decibels: Tensor, audio: AudioConfig) -> Tensor:
