@@ -19,8 +19,8 @@ FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _CHECK_ON_GPU = os.environ.get("SPARSIFY_CHECK") == "1"
 
 
-class InvalidValue(ValueError, RuntimeError):  # noqa: N818  (met as a ValueError; the name says what is wrong)
-    """A value out of range, found in an op: a ``ValueError`` for eager callers, a ``RuntimeError`` for compiled ones."""
+class InvalidValue(ValueError, RuntimeError):  # noqa: N818
+    """A value out of range, found inside an op: ``ValueError`` to eager callers, ``RuntimeError`` to compiled ones."""
 
 
 def check_values(device: torch.device) -> bool:
