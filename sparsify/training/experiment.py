@@ -1,0 +1,296 @@
+"""A whole training run: decode, build or resume the model, train, judge the best checkpoint, write ``results.json``."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+import sparsify
+from sparsify.config import Config
+from sparsify.data.cache import ClipCache
+from sparsify.data.dataset import VideoDataset, prepare
+from sparsify.data.music_avqa import DataRoot, Split
+from sparsify.data.vocabulary import Vocabulary
+from sparsify.errors import CheckpointError, DataError, UsageError
+from sparsify.model import SparsifyModel
+from sparsify.progress import Advance, format_seconds, progress_bar, say
+from sparsify.report.scores import floor_of
+from sparsify.training.evaluate import EvalResult, evaluate_dataset, masked_keep
+from sparsify.training.optim import Precision, choose_precision
+from sparsify.training.run import RunState, claim_run, lock_run, read_state, recover, write_text
+from sparsify.training.stopping import InterruptedRun
+from sparsify.training.trainer import Trainer, TrainingData
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+__all__ = ["train"]
+
+
+def train(
+    config: Config | None,
+    root: DataRoot,
+    output: str | os.PathLike[str],
+    *,
+    resume: bool = False,
+    init: str | os.PathLike[str] | None = None,
+    cache_folder: str | os.PathLike[str] | None = None,
+    progress: bool = True,
+    stop_after: int | None = None,
+) -> dict[str, Any]:
+    """Train on ``root``'s training split into the run folder ``output``; the test split judges validation's best epoch.
+
+    Args:
+        config: what to train; None with ``resume`` takes the run's own.
+        root: the data folder; needs a training and a validation split.
+        output: the run folder. It must not hold a run yet, unless ``resume``.
+        resume: go on from ``output/last``; from the beginning where the run had not come to save one.
+        init: a checkpoint folder whose weights to start from.
+        cache_folder: decoded clips; ``root/cache`` by default.
+        progress: bars and messages on stderr.
+        stop_after: stop after so many steps, as Ctrl-C does.
+
+    Returns:
+        What ``output/results.json`` holds: configuration, splits, scores, seconds, machine, versions.
+
+    Raises:
+        UsageError: the folder is in use or holds another run.
+        DataError, CheckpointError: the data, or the checkpoint to start from, is not as it should be.
+        TrainingError: the loss is not finite.
+        InterruptedRun: (a ``KeyboardInterrupt``) SIGINT or SIGTERM; ``output/last`` is saved.
+    """
+    from accelerate import Accelerator
+
+    output = Path(output)
+    accelerator = Accelerator(mixed_precision="no")  # autocast is ours: evaluation and training share it
+    with contextlib.ExitStack() as stack:
+        if accelerator.is_main_process:
+            stack.enter_context(lock_run(output))
+            config = claim_run(output, config, resume)
+        elif config is None:
+            config = claim_run(output, None, True)
+        experiment = _Experiment(accelerator, config, root, output, Path(cache_folder or root.root / "cache"), progress)
+        try:
+            return experiment.run(resume, Path(init) if init is not None else None, stop_after)
+        except InterruptedRun as stopped:
+            experiment.say(str(stopped))
+            raise
+
+
+@dataclass
+class _Experiment:
+    accelerator: Accelerator
+    config: Config
+    root: DataRoot
+    output: Path
+    cache_folder: Path
+    progress: bool
+
+    def run(self, resume: bool, init: Path | None, stop_after: int | None) -> dict[str, Any]:
+        """The steps of a run, one after the other."""
+        config, output, main = self.config, self.output, self.accelerator.is_main_process
+        if resume and recover(output / "last") and (output / "results.json").exists():
+            self.say(f"{output}: this run is complete; {output / 'results.json'} holds its results")
+            return json.loads((output / "results.json").read_text(encoding="utf-8"))
+        precision = choose_precision(config.train.precision, self.accelerator.device)
+        self.say(self.introduction(precision))
+        started = time.monotonic()
+        cache = ClipCache(self.cache_folder, config)
+        names = ("train", "val", "test") if self.root.has("test") else ("train", "val")
+        splits = {name: self.root.split(name) for name in names}
+        skipped = {name: self.decode(split, cache) for name, split in splits.items()}
+        resume = resume and (output / "last").exists()
+        fresh = RunState(fingerprints={name: split.fingerprint for name, split in splits.items()})
+        state = self.load_state(splits) if resume else fresh
+        state.seconds["prepare"] += time.monotonic() - started
+        state.skipped |= skipped["train"]
+        if main and not resume:
+            write_text(output / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
+        model = self.load_model(init) if init and not resume else self.new_model(splits["train"], resume)
+
+        def dataset(name: str) -> VideoDataset:
+            return VideoDataset(self.root, splits[name], config, model.vocabulary, cache, inputs=config.train.inputs)
+
+        usable = [i for i, video in enumerate(splits["train"].videos) if video not in state.skipped]
+        if not usable:
+            reason = next(iter(state.skipped.values()))
+            raise DataError(f"{splits['train'].path}: none of the {len(state.skipped)} videos can be read ({reason})")
+        data = TrainingData(
+            dataset("train"), splits["train"], usable, dataset("val"), splits["val"], floor_of(self.root)
+        )
+        trainer = Trainer(
+            config,
+            model,
+            data,
+            output,
+            self.accelerator,
+            precision,
+            state,
+            resume,
+            progress=self.progress,
+            stop_after=stop_after,
+        )
+        trainer.run()
+        judged = "test" if "test" in splits else "val"
+        results = self.finish(trainer, splits, judged, dataset(judged), skipped)
+        if main:
+            write_text(output / "results.json", json.dumps(results, indent=1) + "\n")
+        self.accelerator.wait_for_everyone()
+        return results
+
+    def introduction(self, precision: Precision) -> str:
+        """The configuration and what it runs on, once."""
+        processes = self.accelerator.num_processes
+        return (
+            f"config: {json.dumps(self.config.to_dict())}\n"
+            f"run folder {self.output}; {processes} x {self.accelerator.device}, {torch.get_num_threads()} threads; "
+            f"{precision.name}: {precision.reason}"
+        )
+
+    def decode(self, split: Split, cache: ClipCache) -> dict[str, str]:
+        """Every clip of ``split`` into the cache; returns the unreadable videos with the reason."""
+        self.say(split.describe())
+        with self.bar(f"decode {split.name}", len(split.videos)) as advance:
+            report = prepare(self.root, split, self.config, cache, progress=advance)
+        for video, reason in report.skipped.items():
+            self.say(f"  skipped {video}: {reason}")
+        return dict(report.skipped)
+
+    def load_state(self, splits: dict[str, Split]) -> RunState:
+        """The state in ``last/``; ``UsageError`` when the data is no longer the run's."""
+        state = read_state(self.output / "last")
+        for name, split in splits.items():
+            used = state.fingerprints.get(name)
+            if used != split.fingerprint:
+                raise UsageError(f"{split.path}: fingerprint {split.fingerprint}, but the run to resume used {used}")
+        self.say(f"resuming in epoch {state.epoch + 1} after {state.step} of its steps")
+        return state
+
+    def new_model(self, split: Split, resume: bool) -> SparsifyModel:
+        if resume:
+            return SparsifyModel.from_pretrained(self.output / "last")
+        torch.manual_seed(self.config.train.seed)
+        return SparsifyModel(self.config, Vocabulary.build(question.text for question in split.questions))
+
+    def load_model(self, folder: Path) -> SparsifyModel:
+        """A model of this configuration with the weights in ``folder``."""
+        source = SparsifyModel.from_pretrained(folder)
+        torch.manual_seed(self.config.train.seed)
+        model = SparsifyModel(self.config, source.vocabulary, pretrained=False)
+        ours, theirs = model.state_dict(), source.state_dict()
+        for name in ours.keys() | theirs.keys():
+            if name not in ours or name not in theirs or ours[name].shape != theirs[name].shape:
+                raise CheckpointError(
+                    f"{folder}: {name!r} does not fit the configured model; expected a checkpoint of the same sizes"
+                )
+        model.load_state_dict(theirs)
+        return model
+
+    def finish(
+        self,
+        trainer: Trainer,
+        splits: dict[str, Split],
+        judged: str,
+        dataset: VideoDataset,
+        skipped: dict[str, dict[str, str]],
+    ) -> dict[str, Any]:
+        """Evaluate the best checkpoint on ``judged``, unmasked and masked, and gather what a run reports."""
+        state, config = trainer.state, self.config
+        model = SparsifyModel.from_pretrained(self.output / "best").to(self.accelerator.device)
+        found = {"unmasked": self.judge(model, splits[judged], dataset, trainer, 1.0)}
+        if (keep := masked_keep(config)) < 1:
+            found["masked"] = self.judge(model, splits[judged], dataset, trainer, keep)
+        state.seconds["evaluate"] += sum(result.seconds for result in found.values())
+        main = found["masked" if config.mask.eval and "masked" in found else "unmasked"]
+        self.say(
+            f"best epoch {(state.best_epoch or 0) + 1}, {100 * state.best_accuracy:.2f} % on validation; on {judged}:"
+        )
+        self.say(main.scores.table())
+        if "masked" in found:
+            parts = (f"{name} {100 * result.accuracy:.2f} %" for name, result in found.items())
+            self.say(f"{', '.join(parts)} (masked: {keep:.0%} of the input encoded)")
+        self.say(f"{format_seconds(sum(state.seconds.values()))} in all; results in {self.output / 'results.json'}")
+        return {
+            "config": config.to_dict(),
+            "inputs": config.train.inputs,
+            "precision": trainer.precision._asdict(),
+            "splits": {
+                name: {
+                    "file": split.path.name,
+                    "fingerprint": split.fingerprint,
+                    "videos": len(split.videos),
+                    "questions": len(split.questions),
+                    "skipped": skipped[name] | (state.skipped if name == "train" else {}),
+                }
+                for name, split in splits.items()
+            },
+            "best": {"epoch": state.best_epoch, "val_accuracy": state.best_accuracy},
+            "history": state.history,
+            "judged": judged,
+            "evaluation": {name: result.to_dict() for name, result in found.items()},
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "steps": state.steps,
+            "seconds": state.seconds | {"total": sum(state.seconds.values())},
+            "machine": _machine(self.accelerator),
+            "versions": _versions(),
+        }
+
+    def judge(
+        self, model: SparsifyModel, split: Split, dataset: VideoDataset, trainer: Trainer, keep: float
+    ) -> EvalResult:
+        train = self.config.train
+        with self.bar(f"{split.name}{'' if keep == 1 else ' masked'}", len(dataset)) as advance:
+            return evaluate_dataset(
+                model,
+                dataset,
+                split,
+                floor=trainer.data.floor,
+                batch_size=2 * train.videos,
+                keep=keep,
+                inputs=train.inputs,
+                seed=train.seed,
+                precision=trainer.precision.name,
+                workers=train.workers,
+                advance=advance,
+                accelerator=self.accelerator,
+            )
+
+    def bar(self, description: str, total: int) -> contextlib.AbstractContextManager[Advance]:
+        return progress_bar(description, total, quiet=not self.progress or not self.accelerator.is_main_process)
+
+    def say(self, text: str) -> None:
+        if self.progress and self.accelerator.is_main_process:
+            say(text)
+
+
+def _machine(accelerator: Accelerator) -> dict[str, Any]:
+    device = accelerator.device
+    name = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else torch.cpu.get_capabilities().get("cpu_name", "")
+    )
+    return {
+        "platform": platform.platform(),
+        "device": str(device),
+        "name": name or platform.processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "processes": accelerator.num_processes,
+    }
+
+
+def _versions() -> dict[str, str]:
+    packages = ("torch", "timm", "transformers", "accelerate", "av")
+    return {"sparsify": sparsify.__version__, "python": platform.python_version()} | {
+        package: importlib.metadata.version(package) for package in packages
+    }

@@ -1,0 +1,85 @@
+"""Which videos a step sees, in an order that only seed and epoch decide, and their batches."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from sparsify.batch import Batch
+from sparsify.data.dataset import VideoDataset, collate
+from sparsify.data.music_avqa import Question
+
+__all__ = ["Loaded", "epoch_order", "load_batches", "share", "step_seed", "to_device"]
+
+
+class Loaded(NamedTuple):
+    """One step's data: the readable videos as a batch (None when there are none) and what was left out."""
+
+    batch: Batch | None
+    questions: tuple[Question, ...]  # in the batch's order
+    skipped: dict[str, str]  # video id to reason
+
+
+def epoch_order(videos: int, seed: int, epoch: int) -> list[int]:
+    """A permutation of ``range(videos)``, the same wherever and whenever it is drawn."""
+    generator = torch.Generator().manual_seed(_hash("order", seed, epoch))
+    return torch.randperm(videos, generator=generator).tolist()
+
+
+def step_seed(seed: int, step: int, rank: int) -> int:
+    """Seed of what is random inside a training step (dropout): a resumed run needs no generator state."""
+    return _hash("step", seed, step, rank)
+
+
+def _hash(*parts: object) -> int:
+    digest = hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") & (2**63 - 1)
+
+
+def share(step: Sequence[int], rank: int, world: int) -> list[int]:
+    """The part of a step's videos that process ``rank`` of ``world`` computes: sizes differ by at most one."""
+    return list(step[rank::world])
+
+
+def load_batches(
+    dataset: VideoDataset,
+    steps: Sequence[Sequence[int]],
+    *,
+    epoch: int,
+    run_seed: int,
+    keep: float,
+    workers: int,
+    pin: bool,
+) -> Iterator[Loaded]:
+    """One ``Loaded`` for each list of indices in ``steps``, in order; ``keep < 1`` draws the masks of ``epoch``."""
+    loader = DataLoader(
+        dataset,
+        batch_sampler=steps,  # type: ignore[arg-type]
+        collate_fn=functools.partial(_collate, epoch=epoch, run_seed=run_seed, keep=keep),
+        num_workers=workers,
+        pin_memory=pin,
+    )
+    return iter(loader)
+
+
+def _collate(items: list[Any], *, epoch: int, run_seed: int, keep: float) -> Loaded:
+    readable = [item for item in items if item.clip is not None]
+    skipped = {item.video_id: item.error for item in items if item.clip is None}
+    questions = tuple(question for item in readable for question in item.questions)
+    batch = collate(readable, epoch=epoch, run_seed=run_seed, keep=keep) if readable else None
+    return Loaded(batch, questions, skipped)
+
+
+def to_device(value: Any, device: torch.device) -> Any:
+    """``value`` with the tensors in it, and in named tuples in it, on ``device``."""
+    if isinstance(value, Tensor):
+        return value.to(device, non_blocking=True)
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(to_device(field, device) for field in value))
+    return value

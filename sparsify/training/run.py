@@ -1,0 +1,268 @@
+"""The run folder: who may write to it, and checkpoints that are there whole or not at all.
+
+config.json  metrics.jsonl  tensorboard/  results.json
+best/        the model after the epoch with the highest validation accuracy
+last/        the newest model, optimizer.safetensors and training.json: what a resumed run needs
+run.lock     while a process trains here: its number
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import json
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from sparsify.config import Config
+from sparsify.errors import CheckpointError, UsageError
+
+__all__ = [
+    "RunState",
+    "claim_run",
+    "lock_run",
+    "read_state",
+    "recover",
+    "restore_optimizer",
+    "write_folder",
+    "write_state",
+    "write_text",
+]
+
+STATE_VERSION = 1
+ORPHAN_SECONDS = 10.0  # loader processes of a killed run hold its lock for up to 5 s
+
+
+@dataclass
+class RunState:
+    """Where a run is: everything beside weights and optimiser moments that decides what comes next."""
+
+    epoch: int = 0  # the epoch under way, 0-based
+    step: int = 0  # steps taken in it
+    steps: int = 0  # steps taken in all
+    loss_sum: float = 0.0  # over the questions of the epoch under way
+    questions: int = 0
+    best_epoch: int | None = None
+    best_accuracy: float = -1.0
+    history: list[dict[str, Any]] = field(default_factory=list)  # one entry a finished epoch
+    seconds: dict[str, float] = field(default_factory=lambda: {"prepare": 0.0, "train": 0.0, "evaluate": 0.0})
+    skipped: dict[str, str] = field(default_factory=dict)  # training videos left out, with the reason
+    fingerprints: dict[str, str] = field(default_factory=dict)  # of the splits
+    metrics_bytes: int = 0
+
+
+def claim_run(folder: Path, config: Config | None, resume: bool) -> Config:
+    """The configuration of the run that ``folder`` is to hold, or holds; writes nothing.
+
+    Raises:
+        UsageError: the folder holds a run and ``resume`` is off, or that run was configured differently.
+    """
+    path = folder / "config.json"
+    used = [
+        name for name in ("config.json", "metrics.jsonl", "last", "best", "results.json") if (folder / name).exists()
+    ]
+    if used and not resume:
+        raise UsageError(f"{folder} already holds a run ({used[0]}); resume it, or choose another output folder")
+    if path.exists():
+        earlier = _read_config(path)
+        if config is not None:
+            _refuse_other_config(folder, config, earlier)
+        config = config or earlier
+    elif config is None:
+        raise UsageError(f"{folder} holds no run to resume: it has no config.json")
+    return config
+
+
+def _read_config(path: Path) -> Config:
+    try:
+        return Config.from_dict(json.loads(path.read_text(encoding="utf-8")), str(path))
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from None
+
+
+def _refuse_other_config(folder: Path, config: Config, earlier: Config) -> None:
+    """How clips are loaded may change between a run and its continuation; what decides the weights may not."""
+    same = earlier.replace(**{"train.workers": config.train.workers})
+    if same == config:
+        return
+    old, new = _flat(same.to_dict()), _flat(config.to_dict())
+    key = next(k for k in new if new[k] != old.get(k))
+    raise UsageError(f"{folder}: the run to resume has {key} = {old.get(key)!r}, now {new[key]!r} is asked for")
+
+
+def _flat(data: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in data.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+@contextlib.contextmanager
+def lock_run(folder: Path) -> Iterator[None]:
+    """Holds ``folder/run.lock`` for this process; ``UsageError`` when another one does. A killed process holds nothing.
+
+    The folder is made if need be, and removed again if nothing was written to it.
+    """
+    if folder.exists() and not folder.is_dir():
+        raise UsageError(f"{folder}: expected a folder for the run, found a file")
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "run.lock"
+    deadline = time.monotonic() + ORPHAN_SECONDS
+    while (lock := _try_lock(path)) is None:
+        holder = _holder(path)
+        if holder is None or _alive(holder) or time.monotonic() > deadline:
+            raise UsageError(f"{folder}: another run (process {holder or 'unknown'}) is training into this folder")
+        time.sleep(0.2)
+    try:
+        os.truncate(lock, 0)
+        os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        os.close(lock)
+        with contextlib.suppress(OSError):
+            folder.rmdir()
+
+
+def _try_lock(path: Path) -> int | None:
+    """An open, locked file descriptor of ``path``, or None while another process holds it."""
+    while True:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(lock), path.stat()):
+                return lock
+        except BlockingIOError:
+            os.close(lock)
+            return None
+        os.close(lock)  # the holder before us removed the file between open and lock: take the new one
+
+
+def _holder(path: Path) -> int | None:
+    with contextlib.suppress(OSError, ValueError):
+        return int(path.read_text())
+    return None
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def write_text(path: Path, text: str) -> None:
+    """``path`` holds ``text`` whole, or what it held before."""
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def write_folder(target: Path, write: Callable[[Path], None]) -> None:
+    """``target`` becomes what ``write`` fills; after a kill at any moment ``recover`` finds the old or the new one."""
+    partial, old = _partial(target), _old(target)
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        write(partial)
+        recover(target)
+        if target.exists():
+            os.rename(target, old)
+        os.rename(partial, target)
+    except OSError as error:
+        shutil.rmtree(partial, ignore_errors=True)
+        recover(target)
+        raise CheckpointError(f"{target}: cannot be written: {error.strerror or error}") from error
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def recover(target: Path) -> bool:
+    """Whether ``target`` is there, after a ``write_folder`` that was killed between its two renames, too."""
+    old = _old(target)
+    if old.exists():
+        if target.exists():
+            shutil.rmtree(old)
+        else:
+            os.rename(old, target)
+    return target.exists()
+
+
+def _partial(target: Path) -> Path:
+    return target.with_name(f".{target.name}.partial")
+
+
+def _old(target: Path) -> Path:
+    return target.with_name(f".{target.name}.old")
+
+
+def write_state(folder: Path, state: RunState, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Adds ``optimizer.safetensors`` and ``training.json`` to a checkpoint folder."""
+    save_file(
+        {
+            f"{key}/{name}": value.detach().contiguous().cpu()
+            for name, parameter in model.named_parameters()
+            for key, value in optimizer.state.get(parameter, {}).items()
+        },
+        folder / "optimizer.safetensors",
+    )
+    data = {"version": STATE_VERSION} | dataclasses.asdict(state)
+    (folder / "training.json").write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+
+
+def read_state(folder: Path) -> RunState:
+    """The state that ``write_state`` left in ``folder``; ``CheckpointError`` names what is missing or strange."""
+    path = folder / "training.json"
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path}: missing; this checkpoint cannot be resumed") from None
+    except ValueError as error:
+        raise CheckpointError(f"{path}: not JSON ({error})") from None
+    if not isinstance(data, dict) or data.pop("version", None) != STATE_VERSION:
+        raise CheckpointError(f"{path}: expected a training state of version {STATE_VERSION}")
+    names = {f.name for f in dataclasses.fields(RunState)}
+    if set(data) != names:
+        raise CheckpointError(f"{path}: expected the keys {', '.join(sorted(names))}, got {', '.join(sorted(data))}")
+    return RunState(**data)
+
+
+def restore_optimizer(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Loads what ``write_state`` saved of ``optimizer``; ``CheckpointError`` when it is not of this model."""
+    path = folder / "optimizer.safetensors"
+    try:
+        saved = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    states: dict[str, dict[str, Tensor]] = {}
+    for key, value in saved.items():
+        kind, _, name = key.partition("/")
+        states.setdefault(name, {})[kind] = value
+    parameters = dict(model.named_parameters())
+    for name, values in states.items():
+        if name not in parameters:
+            raise CheckpointError(f"{path}: holds {name!r}, which this model has not")
+        for kind, value in values.items():
+            if kind != "step" and value.shape != parameters[name].shape:
+                shapes = f"{tuple(parameters[name].shape)}, got {tuple(value.shape)}"
+                raise CheckpointError(f"{path}: {kind} of {name!r}: expected shape {shapes}")
+    number = {id(p): i for i, p in enumerate(p for group in optimizer.param_groups for p in group["params"])}
+    packed = optimizer.state_dict()
+    packed["state"] = {number[id(parameters[name])]: values for name, values in states.items()}
+    optimizer.load_state_dict(packed)

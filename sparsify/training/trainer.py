@@ -1,0 +1,344 @@
+"""The training loop, on Accelerate: one process, or as many as ``torchrun`` or ``accelerate launch`` start.
+
+Everything that decides a step is derived from seed, epoch and step, or is in the checkpoint: data order, masks,
+dropout, learning rate. A run stopped and resumed therefore ends in the weights of one never stopped, bit for bit on a
+CPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from sparsify.config import Config
+from sparsify.data.dataset import VideoDataset
+from sparsify.data.music_avqa import Split
+from sparsify.errors import TrainingError
+from sparsify.progress import Advance, format_seconds, progress_bar, say
+from sparsify.report.scores import Floor
+from sparsify.training.evaluate import EvalResult, evaluate_dataset, masked_keep
+from sparsify.training.loading import Loaded, epoch_order, load_batches, share, step_seed, to_device
+from sparsify.training.metrics import MetricsLog
+from sparsify.training.optim import Precision, build_optimizer, lr_factor, set_learning_rates
+from sparsify.training.run import RunState, restore_optimizer, write_folder, write_state
+from sparsify.training.stopping import InterruptedRun, StopRequest
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+    from sparsify.model import SparsifyModel
+
+__all__ = ["Trainer", "TrainingData"]
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a run trains on and is judged by. ``usable`` are the indices of the training videos that can be read."""
+
+    train: VideoDataset
+    train_split: Split
+    usable: list[int]
+    val: VideoDataset
+    val_split: Split
+    floor: Floor
+
+
+class _Taken(NamedTuple):
+    """A step whose loss has not been looked at yet: looking makes the host wait for the device."""
+
+    step: int  # of the epoch
+    video_id: tuple[str, ...]
+    counts: tuple[int, int]  # videos, questions
+    values: Tensor  # fp32 [2]: sum of the questions' losses, gradient norm
+
+
+@dataclass
+class Trainer:
+    """Trains ``model`` into the run folder ``output``. ``run`` does it all; the other methods are its parts."""
+
+    config: Config
+    model: SparsifyModel
+    data: TrainingData
+    output: Path
+    accelerator: Accelerator
+    precision: Precision
+    state: RunState = field(default_factory=RunState)
+    resume: bool = False
+    progress: bool = True
+    stop_after: int | None = None  # steps of this call
+    save_seconds: float = 900.0  # between two saves within an epoch
+    log_every: int = 10  # steps
+
+    def __post_init__(self) -> None:
+        train = self.config.train
+        self.rank, self.world = self.accelerator.process_index, self.accelerator.num_processes
+        self.device = self.accelerator.device
+        self.model.to(self.device)
+        optimizer = build_optimizer(self.model, train, self.device)
+        if self.resume:
+            restore_optimizer(self.output / "last", self.model, optimizer)
+        self.net, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self.adamw = optimizer
+        videos = list(self.data.train_split.videos.items())
+        questions = sum(len(videos[i][1]) for i in self.data.usable)
+        # The loss of a step is divided by this, not by its own number of questions: all of an epoch's weigh the same.
+        self.nominal = questions / len(self.data.usable) * train.videos
+        self.pending: list[_Taken] = []
+        self.window: Counter[str] = Counter()  # sums since the last line of metrics
+        self.taken = 0  # steps of this call
+        self.saved = self.timed = time.monotonic()
+        self.stop = StopRequest()
+        self.metrics = MetricsLog(
+            self.output,
+            keep=self.state.metrics_bytes,
+            first_step=self.state.steps,
+            enabled=self.accelerator.is_main_process,
+        )
+
+    def run(self) -> None:
+        """Epochs to the end; ``InterruptedRun`` after a signal, all saved; ``TrainingError`` for a non-finite loss."""
+        try:
+            with self.stop.on_signals():
+                while self.state.epoch < self.config.train.epochs:
+                    self.train_epoch()
+                    self.end_epoch()
+        except InterruptedRun:
+            self.save_last()
+            raise
+        finally:
+            self.metrics.close()
+
+    def train_epoch(self) -> None:
+        """The steps that are left of the epoch under way."""
+        train, state = self.config.train, self.state
+        order = [self.data.usable[i] for i in epoch_order(len(self.data.usable), train.seed, state.epoch)]
+        steps = [order[i : i + train.videos] for i in range(0, len(order), train.videos)]
+        left, keep = steps[state.step :], self.config.keep_at(state.epoch)
+        if not left:
+            return  # resumed from a stop during the evaluation
+        batches = load_batches(
+            self.data.train,
+            # A process that a short step leaves without a video computes one with weight 0: all take part in a step.
+            [share(step, self.rank, self.world) or step[:1] for step in left],
+            epoch=state.epoch,
+            run_seed=train.seed,
+            keep=keep,
+            workers=train.workers,
+            pin=self.device.type == "cuda",
+        )
+        masked = "" if keep == 1 else f", {keep:.0%} of the input"
+        self.net.train()
+        self.timed = time.monotonic()
+        with self.bar(f"epoch {state.epoch + 1}/{train.epochs}{masked}", sum(map(len, left))) as advance:
+            for step, loaded in zip(left, batches, strict=True):
+                self.take_step(loaded, len(steps), weight=1.0 if self.rank < len(step) else 0.0)
+                note = self.log() if state.step == len(steps) or state.steps % self.log_every == 0 else ""
+                advance(len(step), note)
+                self.between_steps()
+
+    def take_step(self, loaded: Loaded, steps: int, weight: float) -> None:
+        """Forward, backward and update for one batch of this process, in an epoch of ``steps``."""
+        state, train = self.state, self.config.train
+        state.skipped |= loaded.skipped
+        if loaded.batch is None and self.world > 1:
+            raise TrainingError(
+                f"process {self.rank}: none of a step's videos can be read: {', '.join(loaded.skipped)}"
+            )
+        if loaded.batch is not None:
+            factor = lr_factor((state.epoch + (state.step + 0.5) / steps) / train.epochs, train.warmup)
+            set_learning_rates(self.adamw, factor)
+            torch.manual_seed(step_seed(train.seed, state.steps, self.rank))
+            batch = to_device(loaded.batch, self.device)
+            try:
+                with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision.name == "bf16"):
+                    logits = self.net(batch.video, batch.questions, batch.masking)  # [Q, 42]
+            except ValueError as error:  # the ops refuse NaN on a CPU
+                raise self.diverged(state.step, batch.video_id, str(error)) from error
+            losses = F.cross_entropy(
+                logits.float(), batch.label, reduction="none", label_smoothing=train.label_smoothing
+            )
+            total = weight * losses.sum()
+            self.accelerator.backward(total * (self.world / self.nominal))  # gradients are averaged over the processes
+            norm = self.accelerator.clip_grad_norm_(self.net.parameters(), train.clip_norm)
+            self.optimizer.step()
+            self.optimizer.zero_grad(set_to_none=True)
+            counts = (len(batch.video_id), len(loaded.questions)) if weight else (0, 0)
+            self.pending.append(_Taken(state.step, batch.video_id, counts, torch.stack([total.detach(), norm])))
+        state.step += 1
+        state.steps += 1
+        self.taken += 1
+        if self.device.type == "cpu":
+            self.look()  # waits for nothing here
+
+    def log(self) -> str:
+        """Write a line about the steps since the last one, and return a note for the progress bar."""
+        self.look()
+        now = time.monotonic()
+        seconds, self.timed = now - self.timed, now
+        self.state.seconds["train"] += seconds
+        seen, self.window = self.window, Counter()
+        if not seen["questions"]:
+            return ""
+        rates = {group["encoder"]: group["lr"] for group in self.adamw.param_groups}
+        loss, keep = seen["loss"] / seen["questions"], self.config.keep_at(self.state.epoch)
+        line = {
+            "epoch": self.state.epoch,
+            "loss": loss,
+            "lr": rates.get(False, 0.0),
+            "encoder_lr": rates.get(True, 0.0),
+            "grad_norm": seen["norm"] / seen["steps"],
+            "keep": keep,
+            "units": self.units(keep),
+            "questions_per_s": seen["questions"] / seconds,
+            "videos_per_s": seen["videos"] / seconds,
+            "seconds": self.state.seconds["train"],
+        }
+        self.metrics.write("step", self.state.steps, line)
+        return f"loss {loss:.3f}"
+
+    def look(self) -> None:
+        """Add the pending steps of all processes to the sums, after making sure that they are finite."""
+        if not self.pending:
+            return
+        counts = torch.tensor([taken.counts for taken in self.pending], dtype=torch.float32, device=self.device)
+        table = torch.cat([torch.stack([taken.values for taken in self.pending]), counts], dim=1)  # [steps, 4]
+        table = self.accelerator.reduce(table, "sum")
+        for taken, (loss, norm, videos, questions) in zip(self.pending, table.tolist(), strict=True):
+            norm /= self.world
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                raise self.diverged(taken.step, taken.video_id, f"loss {loss}, gradient norm {norm}")
+            self.state.loss_sum += loss
+            self.state.questions += int(questions)
+            self.window.update(loss=loss, norm=norm, videos=videos, questions=questions, steps=1)
+        self.pending.clear()
+
+    def diverged(self, step: int, video_id: tuple[str, ...], what: str) -> TrainingError:
+        kept = [str(self.output / name) for name in ("last", "best") if (self.output / name).exists()]
+        before = f"earlier checkpoints: {', '.join(kept)}" if kept else "no checkpoint was written before it"
+        videos = ", ".join(video_id)
+        return TrainingError(
+            f"training diverged in epoch {self.state.epoch + 1}, step {step + 1}: {what}; videos {videos}; {before}"
+        )
+
+    def units(self, keep: float) -> int:
+        """Mask units of one video that are encoded at ``keep``, both modalities together."""
+        clip, vision, audio = self.config.clip, self.config.vision, self.config.audio
+        images = ((clip.frames, vision.units**2), (clip.segments, audio.units**2))
+        return sum(count * max(1, math.floor(keep * units + 0.5)) for count, units in images)
+
+    def between_steps(self) -> None:
+        """Stop or save, where asked to. Several processes agree on it, at the steps that are logged."""
+        if self.world > 1 and self.state.steps % self.log_every:
+            return
+        stop = self.stop.requested or (self.stop_after is not None and self.taken >= self.stop_after)
+        save = time.monotonic() - self.saved > self.save_seconds
+        if self.world > 1:
+            flags = torch.tensor([stop, save], dtype=torch.float32, device=self.device)
+            stop, save = (flag > 0 for flag in self.accelerator.reduce(flags, "sum").tolist())
+        if stop:
+            raise InterruptedRun(
+                f"stopped in epoch {self.state.epoch + 1} after {self.state.step} steps; {self.how_to_resume()}"
+            )
+        if save:
+            self.save_last()
+
+    def how_to_resume(self) -> str:
+        return f"saved in {self.output / 'last'}; the same command with --resume goes on from there"
+
+    def end_epoch(self) -> None:
+        """Evaluate, keep the model if it is the best so far, write the epoch's line, save."""
+        state = self.state
+        result = self.validate()
+        state.seconds["evaluate"] += result.seconds
+        line = {
+            "epoch": state.epoch,
+            "loss": state.loss_sum / max(1, state.questions),
+            "keep": self.config.keep_at(state.epoch),
+            "val_loss": result.loss,
+            "val_accuracy": result.accuracy,
+            "val_floor": result.scores.overall.floor,
+            "super_tokens": result.super_tokens,
+            "questions": state.questions,
+            "videos": len(self.data.usable),
+            "train_seconds": state.seconds["train"],
+            "evaluate_seconds": state.seconds["evaluate"],
+        }
+        if result.accuracy > state.best_accuracy:  # a tie stays with the earlier epoch
+            state.best_accuracy, state.best_epoch = result.accuracy, state.epoch
+            self.write("best", self.model.save_pretrained)
+        self.metrics.write("epoch", state.steps, line)
+        state.history.append(line)
+        self.say(
+            f"epoch {state.epoch + 1}/{self.config.train.epochs}: loss {line['loss']:.3f}, "
+            f"validation {100 * result.accuracy:.2f} % (floor {100 * (line['val_floor'] or 0):.2f} %), "
+            f"{format_seconds(state.seconds['train'])} trained"
+            + (", best so far" if state.best_epoch == state.epoch else "")
+        )
+        state.epoch, state.step, state.loss_sum, state.questions = state.epoch + 1, 0, 0.0, 0
+        self.save_last()
+
+    def validate(self) -> EvalResult:
+        """The validation split, unmasked unless ``mask.eval`` says otherwise."""
+        config = self.config
+        with self.bar("  validation", len(self.data.val)) as advance:
+
+            def checked(count: int = 1, note: str = "") -> None:
+                advance(count, note)
+                if self.stop.requested and self.world == 1:
+                    raise InterruptedRun(
+                        f"stopped after the steps of epoch {self.state.epoch + 1}; {self.how_to_resume()}"
+                    )
+
+            return evaluate_dataset(
+                self.model,
+                self.data.val,
+                self.data.val_split,
+                floor=self.data.floor,
+                batch_size=2 * config.train.videos,
+                keep=masked_keep(config) if config.mask.eval else 1.0,
+                inputs=config.train.inputs,
+                seed=config.train.seed,
+                precision=self.precision.name,
+                workers=config.train.workers,
+                advance=checked,
+                accelerator=self.accelerator,
+            )
+
+    def save_last(self) -> None:
+        """``last/`` becomes the present state, whole; losses are looked at first, so that it has never diverged."""
+        if self.pending or self.window:
+            self.log()
+        self.state.metrics_bytes = self.metrics.length
+
+        def fill(folder: Path) -> None:
+            self.model.save_pretrained(folder)
+            write_state(folder, self.state, self.model, self.adamw)
+
+        self.write("last", fill)
+        self.saved = time.monotonic()
+
+    def write(self, name: str, fill: Callable[[Path], None]) -> None:
+        if self.accelerator.is_main_process:
+            write_folder(self.output / name, fill)
+        self.accelerator.wait_for_everyone()
+
+    @contextlib.contextmanager
+    def bar(self, description: str, total: int) -> Iterator[Advance]:
+        with progress_bar(
+            description, total, quiet=not self.progress or not self.accelerator.is_main_process
+        ) as advance:
+            yield advance
+
+    def say(self, text: str) -> None:
+        if self.progress and self.accelerator.is_main_process:
+            say(text)
