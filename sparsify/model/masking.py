@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from sparsify_kernels import random_mask
+
 __all__ = ["KeptUnits", "join_windows", "split_windows"]
 
 
@@ -33,8 +35,6 @@ class KeptUnits:
         ``stratified`` keeps the same number in every 2x2 block, where the ratio (1/4, 1/2, 3/4) and an even grid allow it; other
         ratios are drawn freely.
         """
-        from sparsify_kernels import random_mask
-
         units = torch.arange(grid * grid, device=seed.device).expand(len(seed), -1)  # [B, U]
         if keep >= 1:
             return cls(units, grid)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from sparsify.config import MergeConfig
 from sparsify.model.layers import merge_heads, split_heads
 from sparsify.model.outputs import ModalityTokens
+from sparsify_kernels import attention_scores, gather_tokens, key_tokens, merge_tokens
 
 __all__ = ["CrossModalMerging"]
 
@@ -41,8 +42,6 @@ class _CrossAttention(nn.Module):
         q, k = split_heads(self.query(self.query_norm(x)), self.heads), split_heads(keys, self.heads)
         v = split_heads(self.value(y), self.heads)
         if score:
-            from sparsify_kernels import attention_scores
-
             received, output = attention_scores(q, k, v)
         else:
             received, output = None, F.scaled_dot_product_attention(q, k, v)
@@ -75,11 +74,9 @@ class CrossModalMerging(nn.Module):
             slot = torch.arange(kept.shape[1], device=x.device).expand_as(kept)
             return ModalityTokens(x, size, kept, torch.ones_like(kept, dtype=torch.bool), slot, None, kept)
 
-        from sparsify_kernels import gather_tokens, key_tokens, merge_tokens
-
         share = self.config.capacity
         capacity = None if share is None else max(1, round(share * x.shape[1]))
         keys = key_tokens(scores, fence=self.config.fence, capacity=capacity)
         merged = merge_tokens(x, metric, keys)
         position = gather_tokens(kept.unsqueeze(-1), keys.index).squeeze(-1)
-        return ModalityTokens(merged.tokens, merged.size.float(), position, keys.valid, merged.assign, scores, kept)
+        return ModalityTokens(merged.tokens, merged.size.detach().float(), position, keys.valid, merged.assign, scores, kept)

@@ -86,7 +86,7 @@ class SparsifyModel(nn.Module):
         config = self.config
         if masking is not None and config.dense:
             raise ValueError("encode: a dense model takes no masking; expected None")
-        (videos, frames), segments = video.frames.shape[:2], video.mel.shape[1]
+        frames, segments = video.frames.shape[1], video.mel.shape[1]
         kept_v = kept_a = None
         if masking is not None:
             stratified = config.mask.stratified
@@ -157,12 +157,15 @@ class SparsifyModel(nn.Module):
         offsets = audio_offsets(self.config.audio, side, self.config.clip.segment_seconds).to(video.segment_time)
         return video.segment_time.unsqueeze(-1) + offsets
 
+    def _time_features(self, seconds: Tensor, video: Video) -> Tensor:
+        return time_features(seconds, video.duration).to(self.visual_tokens.row.dtype)
+
     def _adapt(
         self, stage: int, v: Tensor, a: Tensor, video: Video, kept_v: KeptUnits | None, kept_a: KeptUnits | None
     ) -> tuple[Tensor, Tensor]:
         videos, sides = len(video.frames), (v.shape[1], a.shape[1])
-        visual_time = time_features(video.frame_time.unsqueeze(-1), video.duration)  # [V, T, 1, F]
-        audio_time = time_features(self._audio_time(video, sides[1]), video.duration)  # [V, S, m, F]
+        visual_time = self._time_features(video.frame_time.unsqueeze(-1), video)  # [V, T, 1, F]
+        audio_time = self._time_features(self._audio_time(video, sides[1]), video)  # [V, S, m, F]
         mask_v, mask_a = (
             None if kept is None else kept.tokens(side).view(videos, -1)
             for kept, side in zip((kept_v, kept_a), sides, strict=True)
@@ -194,8 +197,7 @@ class SparsifyModel(nn.Module):
         cell = cell.unflatten(0, (-1, images))
         first = side * side * torch.arange(images, device=x.device).unsqueeze(-1)
         dense = (cell + first).flatten(1)
-        time = time_features(seconds.gather(1, dense), video.duration)
-        return head(x, cell.flatten(1), time), dense
+        return head(x, cell.flatten(1), self._time_features(seconds.gather(1, dense), video)), dense
 
 
 def _visual_head(encoder: VisionEncoder, dim: int) -> TokenHead:

@@ -72,7 +72,9 @@ class TokenizerVocabulary:
     format = "sparsify-tokenizer"
 
     def __init__(self, tokenizer: Any) -> None:
-        """``tokenizer``: a ``tokenizers.Tokenizer``."""
+        """``tokenizer``: a ``tokenizers.Tokenizer``; its own padding and truncation are switched off."""
+        tokenizer.no_padding()
+        tokenizer.no_truncation()
         self._tokenizer = tokenizer
 
     @classmethod
