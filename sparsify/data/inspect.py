@@ -1,5 +1,4 @@
-"""A look at one media file, cheap enough for a whole data set: can it be read to its end, and is there anything to
-hear?"""
+"""A look at one media file, cheap enough for a whole data set: can all of it be read, and is there anything to hear?"""
 
 from __future__ import annotations
 
@@ -11,14 +10,12 @@ from sparsify.errors import MediaError
 
 if TYPE_CHECKING:
     from av import AudioFrame
-    from av.container import InputContainer
 
-__all__ = ["READABLE_SHARE", "SILENCE", "MediaState", "inspect_media"]
+__all__ = ["SILENCE", "MediaState", "inspect_media"]
 
-READABLE_SHARE = 0.9  # of the declared duration must be there, else the file counts as truncated
-SILENCE = 1e-3  # a sound whose peak never passes this (-60 dB of full scale) cannot be heard
+SILENCE = 1e-3  # of full scale (-60 dB): a sound whose peak never passes this cannot be heard
 
-_FULL_SCALE = {"u8": 128.0, "s16": 32_768.0, "s32": 2_147_483_648.0, "s64": 2.0**63}  # others are floats in [-1, 1]
+_FULL_SCALE = {"u8": 128.0, "s16": 32_768.0, "s32": 2_147_483_648.0, "s64": 2.0**63}  # the others are floats in [-1, 1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,56 +27,37 @@ class MediaState:
 
 
 def inspect_media(path: Path) -> MediaState:
-    """Open ``path``, read it to its end, decode one frame of its picture and its sound until it is audible.
+    """Read the file at ``path`` to its end, decode its first picture, and its sound until it is audible.
 
-    Packets are read but not decoded beyond that, so a minute of video takes some ten milliseconds; only a silent one
-    is decoded whole.
+    A file that is not ``broken`` here is one that ``media.read_clip`` takes, unless later pictures are damaged: of
+    those only the packets are read. Only a silent file has all of its sound decoded.
     """
-    import av
-
-    from sparsify.data.media import probe
+    from sparsify.data.media import read_frames
 
     try:
-        probe(path)
-        with av.open(str(path)) as container:
-            return _read_through(container)
-    except MediaError as error:
+        read_frames(path, [0.0], size=8, threads=1)  # refuses a truncated file, too
+        return MediaState(silent=_why_silent(path))
+    except (MediaError, OSError) as error:
         return MediaState(broken=str(error).removeprefix(f"{path}: "))
-    except (av.FFmpegError, OSError) as error:
-        return MediaState(broken=str(error))
 
 
-def _read_through(container: InputContainer) -> MediaState:
+def _why_silent(path: Path) -> str | None:
+    """Why nothing can be heard in the file; None when something can."""
     import av
 
-    picture = container.streams.video[0]
-    sound = container.streams.audio[0] if container.streams.audio else None
-    end = 0.0  # seconds
-    peak = 0.0
-    has_frame = has_sound = False
-    for packet in container.demux([picture] if sound is None else [picture, sound]):
-        if packet.stream is picture and packet.pts is not None:
-            end = max(end, float((packet.pts + (packet.duration or 0)) * packet.time_base))
-        try:
-            if packet.stream is picture and not has_frame:
-                has_frame = bool(packet.decode())
-            elif packet.stream is sound and peak <= SILENCE:
-                for frame in packet.decode():
-                    if isinstance(frame, av.AudioFrame):
-                        has_sound, peak = True, max(peak, _peak(frame))
-        except av.FFmpegError:
-            continue  # one bad packet is no reason to give a file up: it must only bring some frame and some sound
-    if not has_frame:
-        return MediaState(broken="no frame of the video stream can be decoded")
-    declared = (container.duration or 0) / av.time_base
-    readable = end - (container.start_time or 0) / av.time_base
-    if readable < READABLE_SHARE * declared:
-        return MediaState(broken=f"truncated: {readable:.1f} of {declared:.1f} s can be read")
-    if sound is None:
-        return MediaState(silent="no audio stream")
-    if not has_sound:
-        return MediaState(silent="no sound can be decoded")
-    return MediaState(silent=None if peak > SILENCE else "no sound above -60 dB")
+    with av.open(str(path.absolute())) as container:
+        if not container.streams.audio:
+            return "no audio stream"
+        heard = False
+        for packet in container.demux(container.streams.audio[0]):
+            try:
+                peak = max((_peak(frame) for frame in packet.decode()), default=None)
+            except av.FFmpegError:
+                continue  # a damaged packet: the others are what is heard
+            heard |= peak is not None
+            if peak is not None and peak > SILENCE:
+                return None
+    return "no sound above -60 dB" if heard else "no sound that can be decoded"
 
 
 def _peak(frame: AudioFrame) -> float:
