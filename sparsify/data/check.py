@@ -105,7 +105,7 @@ class CheckReport:
         lines = [f"data root {self.root}", "", *_split_table(self.splits), "", *_type_table(self.splits), ""]
         lines += [note for split in self.splits for note in _split_notes(split)]
         for pair, count in self.shared_videos.items():
-            lines.append(f"{pair}: {count:,} videos in both (allowed)")
+            lines.append(f"{pair}: {_counted_word(count, 'video')} in both (allowed)")
         lines += _media_lines(self.media)
         problems = self.problems()
         verdict = "ok" if not problems else "not ok:"
@@ -259,6 +259,10 @@ def _counted(items: Sequence[object], one: str, many: str, prefix: str = "", joi
     return [f"{prefix}{len(items):,} {one if len(items) == 1 else many}: {shown}{more}"]
 
 
+def _counted_word(count: int, word: str) -> str:
+    return f"{count:,} {word}" if count == 1 else f"{count:,} {word}s"
+
+
 def _table(rows: Sequence[Sequence[str]]) -> list[str]:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
@@ -285,7 +289,7 @@ def _type_table(splits: Sequence[SplitReport]) -> list[str]:
 def _split_notes(split: SplitReport) -> list[str]:
     lines = []
     if split.deleted:
-        lines.append(f"{split.name}: {split.deleted:,} rows marked question_deleted, left out")
+        lines.append(f"{split.name}: {_counted_word(split.deleted, 'row')} marked question_deleted, left out")
     prefix = f"{split.name}: "
     repeated = _counted(split.repeated, "question asked twice", "questions asked twice", prefix, "; ")
     lines += repeated + _counted(split.contradictions, "with another answer", "with other answers", prefix, "; ")

@@ -250,7 +250,7 @@ def test_groups_add_up_and_floors_are_bounds(train, asked, data):
         assert sum(group.asked for group in parts) == scores.overall.asked == len(asked)
     correct = sum(label == question.label for question, label in zip(asked, predicted, strict=True))
     assert scores.overall.correct == correct
-    # On the questions it was learnt on, no constant answer to a template beats the floor, and the filled form is no worse.
+    # On the questions it was learnt on, no constant answer beats the floor, and the filled form is no worse.
     own = score(train, [data.draw(st.integers(0, 41))] * len(train), floor(train))
     for group in (*own.types, *own.modalities, own.overall):
         if group.scored:
