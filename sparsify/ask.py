@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from sparsify.errors import UsageError
 
@@ -15,12 +15,11 @@ if TYPE_CHECKING:
     import torch
 
     from sparsify.batch import Clip, Masking, Questions
+    from sparsify.config import Config
     from sparsify.model import SparsifyModel
     from sparsify.model.outputs import SuperTokens
 
-__all__ = ["MAX_CHARACTERS", "Answer", "AskResult", "ask"]
-
-MAX_CHARACTERS = 1_000  # of a question: five times the longest of MUSIC-AVQA, so more is a mistake
+__all__ = ["Answer", "AskResult", "ask"]
 
 
 class Answer(NamedTuple):
@@ -71,13 +70,20 @@ def ask(
 
     if not questions:
         raise UsageError("ask: expected at least one question")
-    words = [_encode(model, question) for question in questions]
-    unknown = [tuple(dict.fromkeys(model.vocabulary.unknown(question))) for question in questions]
+    words = [model.vocabulary.encode(question, model.config.text.max_words) for question in questions]
+    unknown = [tuple(model.vocabulary.unknown(question)) for question in questions]
     path = Path(video_path)
-    clip = read_clip(path, model.config, partial=partial)
     device = next(model.parameters()).device
-    video = Video(*(field[None].to(device) for field in clip[: len(Video._fields)]))
     masking = None if masked_seed is None else _masking(model.config, masked_seed, path.stem, device)
+    inputs = model.config.train.inputs  # a control that was trained without picture or sound is asked without it
+    clip = read_clip(
+        path,
+        model.config,
+        partial=partial,
+        frames=inputs not in ("blind", "textonly"),
+        audio=inputs not in ("deaf", "textonly"),
+    )
+    video = Video(*(field[None].to(device) for field in clip[: len(Video._fields)]))
     with _evaluating(model), torch.inference_mode():
         tokens = model.encode(video, masking)
         probability = model.answer(tokens, _questions(words, device)).softmax(-1).cpu()  # [Q, 42]
@@ -87,14 +93,6 @@ def ask(
         for question, row, ranking, words_unknown in zip(questions, probability, order, unknown, strict=True)
     )
     return AskResult(answers, clip, tokens)
-
-
-def _encode(model: SparsifyModel, question: str) -> list[int]:
-    if len(question) > MAX_CHARACTERS:
-        raise UsageError(
-            f"question of {len(question):,} characters; expected at most {MAX_CHARACTERS:,}: {question[:40]!r}..."
-        )
-    return model.vocabulary.encode(question, model.config.text.max_words)
 
 
 def _questions(words: list[list[int]], device: torch.device) -> Questions:
@@ -117,17 +115,21 @@ def _questions(words: list[list[int]], device: torch.device) -> Questions:
     )
 
 
-def _masking(config: Any, run_seed: int, video_id: str, device: torch.device) -> Masking:
-    """The masks that epoch 0 of a run with seed ``run_seed`` would draw for this video."""
+def _masking(config: Config, seed: int, video_id: str, device: torch.device) -> Masking:
+    """The masks that a masked evaluation with ``seed`` draws for this video."""
+    if config.dense:
+        raise UsageError("a dense model is never masked: ask it without masking")
     import torch
 
     from sparsify.batch import Masking
     from sparsify.data.seeds import mask_seed
+    from sparsify.training.evaluate import EVALUATION_EPOCH, masked_keep
 
     def seeds(modality: str, n: int) -> torch.Tensor:
-        return torch.tensor([[mask_seed(run_seed, 0, video_id, modality, i) for i in range(n)]], device=device)
+        drawn = [mask_seed(seed, EVALUATION_EPOCH, video_id, modality, i) for i in range(n)]
+        return torch.tensor([drawn], dtype=torch.int64, device=device)
 
-    return Masking(seeds("visual", config.clip.frames), seeds("audio", config.clip.segments), config.mask.keep)
+    return Masking(seeds("visual", config.clip.frames), seeds("audio", config.clip.segments), masked_keep(config))
 
 
 @contextmanager

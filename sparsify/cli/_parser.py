@@ -53,7 +53,8 @@ class _Formatter(argparse.HelpFormatter):
         return "\n\n".join(p if "\n  " in p else fill(p, width, indent) for p in text.split("\n\n"))
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        shown = action.option_strings and action.default not in (None, False, argparse.SUPPRESS, [])
+        # A plain zero is a default to show; it equals False, hence `is`.
+        shown = action.option_strings and not any(action.default is x for x in (None, False, argparse.SUPPRESS))
         return f"{action.help} (default: %(default)s)" if shown and action.help else action.help
 
 

@@ -24,7 +24,7 @@ probability and the next four."""
 EPILOG = """\
 examples:
   sparsify ask runs/demo clip.mp4 "How many instruments are sounding in the video?"
-  sparsify ask runs/demo clip.mp4 "Which is the musical instrument that sounds at the same time as the violin?" \\
+  sparsify ask runs/demo clip.mp4 "Is there a violin sound?" \\
                                   "Is the violin always playing?" --explain out.png
   sparsify ask runs/demo clip.mp4 "Is there a voiceover?" --json
 
@@ -118,7 +118,7 @@ def _print(result: AskResult, args: argparse.Namespace) -> None:
     merged = ", ".join(f"{n['encoded']} {name} tokens merged into {n['merged']}" for name, n in counts.items())
     print(f"{args.video.name}: {float(result.clip.duration):.1f} s, {merged}")
     if not bool(result.clip.has_audio):
-        print("the file has no sound: the model heard silence")
+        print("no sound: the model heard silence")
     for answer in result.answers:
         _print_answer(answer)
     if args.explain is not None:

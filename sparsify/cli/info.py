@@ -6,13 +6,14 @@ import argparse
 import importlib.metadata
 import json
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import sparsify
 from sparsify.cli._run import RUN_HELP, checkpoint_folder
 from sparsify.config import PRESETS, Config
-from sparsify.errors import CheckpointError, UsageError
+from sparsify.errors import CheckpointError, ConfigError, UsageError
 
 __all__ = ["add", "run"]
 
@@ -65,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _print_rows(title: str, rows: list[tuple[str, object]]) -> None:
+def _print_rows(title: str, rows: Sequence[tuple[str, object]]) -> None:
     width = max(len(name) for name, _ in rows)
     print(f"{title}\n" + "\n".join(f"  {name:<{width}}  {value}" for name, value in rows))
 
@@ -122,7 +123,11 @@ def _version(package: str) -> str:
 
 def _print_run(folder: Path) -> None:
     checkpoint = checkpoint_folder(folder)
-    config = Config.from_dict(_read_json(checkpoint / "config.json"), str(checkpoint / "config.json"))
+    path = checkpoint / "config.json"
+    try:
+        config = Config.from_dict(_read_json(path), str(path))
+    except ConfigError as error:
+        raise CheckpointError(str(error)) from None
     rows: list[tuple[str, object]] = [("checkpoint", checkpoint), ("parameters", f"{_parameters(checkpoint):,}")]
     if (folder / "results.json").is_file():
         rows += _scores(_read_json(folder / "results.json"), folder / "results.json")

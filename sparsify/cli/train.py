@@ -56,9 +56,7 @@ def add(commands: Any) -> None:
     parser.add_argument("--resume", action="store_true", help="go on with the run in --output, configured as it was")
     config = parser.add_argument_group("configuration")
     config.add_argument("--preset", metavar="NAME", help=f"{', '.join(PRESETS)} (default: demo)")
-    config.add_argument(
-        "--set", metavar="KEY=VALUE", action="append", default=[], help="change any key; may be repeated"
-    )
+    config.add_argument("--set", metavar="KEY=VALUE", action="append", help="change any key; may be repeated")
     config.add_argument("--epochs", metavar="N", type=count, help="passes over the training split")
     config.add_argument("--seed", metavar="SEED", type=seed, help="decides weights, data order, masks and dropout")
     config.add_argument(
@@ -99,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
 
 def _config(args: argparse.Namespace) -> Config | None:
     """The configuration asked for; None for a resumed run that is to go on as it was."""
-    options = args.set + [
+    options = (args.set or []) + [
         f"{key}={json.dumps(getattr(args, name))}"
         for name, key in _SHORTCUTS.items()
         if getattr(args, name) is not None

@@ -14,7 +14,7 @@ __all__ = ["ACCENT", "FAINT", "INK", "STYLE", "Page"]
 
 DPI = 130
 INK, FAINT, ACCENT = "#1b1f24", "#5d6670", "#2f6fde"
-STYLE = {
+STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
     "text.color": INK,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sparsify.report._page import ACCENT, FAINT, INK, Page
 
@@ -81,8 +81,8 @@ def draw_legend(page: Page, x: float, y: float, *, masked: bool, merged: bool, b
     from matplotlib.patches import Rectangle
 
     page.text(x, y, "how to read it", size=11, weight="bold")
-    plain = {"facecolor": "none", "edgecolor": "#9aa1ab", "linewidth": 0.8}
-    rows = []
+    plain: dict[str, Any] = {"facecolor": "none", "edgecolor": "#9aa1ab", "linewidth": 0.8}
+    rows: list[tuple[dict[str, Any], str]] = []
     if masked:
         rows.append((plain | {"facecolor": "#e9ebee", "hatch": "/////"}, "masked: hidden from the model"))
     else:

@@ -36,7 +36,7 @@ class _Strip(NamedTuple):
 
     name: str
     pictures: np.ndarray  # [n, H, W, 3] or grey [n, H, W], in [0, 1]
-    index: list[int]  # which of the clip's images each picture is
+    images: list[int]  # which of the clip's images each picture is
     labels: list[str]  # when each picture was
     total: int  # images of the clip
     cells: list[list[Rect]]  # rectangles of each token of a picture
@@ -50,7 +50,7 @@ class _Strip(NamedTuple):
 
     @property
     def width(self) -> float:
-        return len(self.index) * (self.size[0] + GAP) - GAP
+        return len(self.images) * (self.size[0] + GAP) - GAP
 
     @property
     def height(self) -> float:
@@ -171,7 +171,7 @@ def _header(page: Page, seen: _Strip, heard: _Strip, source: str, clip: Clip) ->
         else "nothing was masked",
     ]
     if not bool(clip.has_audio):
-        facts.append("the file has no sound: silence")
+        facts.append("no sound: it heard silence")
     page.text(MARGIN, 0.6, "   ·   ".join(facts), size=10.5, color=FAINT)
 
 
@@ -184,7 +184,7 @@ def _counts(strip: _Strip, what: str) -> str:
 def _draw_strip(page: Page, strip: _Strip, left: float, y: float) -> float:
     """The words of one strip, its upper edge at ``y``; returns the y below it."""
     what = "what it saw" if strip.name == "frames" else "what it heard"
-    shown = "" if len(strip.index) == strip.total else f"   ({len(strip.index)} of {strip.total} {strip.name} shown)"
+    shown = "" if len(strip.images) == strip.total else f"   ({len(strip.images)} of {strip.total} {strip.name} shown)"
     page.text(left, y, what + shown, size=11, weight="bold")
     for row, caption in enumerate(strip.rows):
         middle = y + 0.45 + row * (strip.size[1] + GAP) + strip.size[1] / 2
@@ -196,7 +196,7 @@ def _draw_strip(page: Page, strip: _Strip, left: float, y: float) -> float:
 
 def _draw_pictures(page: Page, strip: _Strip, left: float, y: float, brightest: float, config: Config) -> None:
     for row, caption in enumerate(strip.rows):
-        for column in range(len(strip.index)):
+        for column in range(len(strip.images)):
             x, top = left + column * (strip.size[0] + GAP), y + 0.45 + row * (strip.size[1] + GAP)
             axes = page.axes(x, top, *strip.size)
             _picture(axes, strip, column, caption, brightest)
@@ -232,7 +232,7 @@ def _picture(axes: Axes, strip: _Strip, column: int, caption: str, brightest: fl
     extent = (0, width, 0, height) if strip.upwards else (0, width, height, 0)
     axes.imshow(picture, origin="lower" if strip.upwards else "upper", extent=extent, aspect="auto")
     axes.set(xticks=[], yticks=[])
-    first = strip.index[column] * len(strip.cells)
+    first = strip.images[column] * len(strip.cells)
     here = slice(first, first + len(strip.cells))
     tokens = strip.tokens
     colours = _colours(tokens.cluster[here])
@@ -262,8 +262,8 @@ def _fill(axes: Axes, strip: _Strip, chosen: np.ndarray, *, facecolor: np.ndarra
 
     owner = [int(cell) for cell in np.flatnonzero(chosen) for _ in strip.cells[cell]]
     patches = [Rectangle((x, y), w, h) for cell in np.flatnonzero(chosen) for x, y, w, h in strip.cells[cell]]
-    style = {"edgecolor": "none", "antialiased": False} | style
-    axes.add_collection(PatchCollection(patches, facecolor=facecolor[owner], **style))
+    looks: dict[str, Any] = {"edgecolor": "none", "antialiased": False} | style
+    axes.add_collection(PatchCollection(patches, facecolor=facecolor[owner], **looks))
 
 
 def _outline_keys(axes: Axes, strip: _Strip, here: slice, colours: np.ndarray) -> None:
@@ -275,7 +275,7 @@ def _outline_keys(axes: Axes, strip: _Strip, here: slice, colours: np.ndarray) -
     if tokens.score is None or not tokens.key[here].any():
         return
     scores = tokens.score[tokens.key]
-    finest = 0.75 if len(strip.cells) * len(strip.index) > 300 else 1.0
+    finest = 0.75 if len(strip.cells) * len(strip.images) > 300 else 1.0
     height, width = strip.pictures.shape[1:3]
     per_point = (width / strip.size[0] / 72, height / strip.size[1] / 72)  # picture units in a point
     patches, edges, widths = [], [], []
@@ -288,7 +288,7 @@ def _outline_keys(axes: Axes, strip: _Strip, here: slice, colours: np.ndarray) -
             patches.append(Rectangle((x + dx, y + dy), w - 2 * dx, h - 2 * dy))
             edges.append(colours[cell])
             widths.append(line)
-    under = {"facecolor": "none", "joinstyle": "miter"}
+    under: dict[str, Any] = {"facecolor": "none", "joinstyle": "miter"}
     axes.add_collection(PatchCollection(patches, edgecolor="black", linewidth=np.add(widths, 1.2), **under))
     axes.add_collection(PatchCollection(patches, edgecolor=edges, linewidth=widths, **under))
 
