@@ -7,6 +7,7 @@ setting of Diao et al., ACL 2025 (arXiv 2506.01319); ``adaptive`` is ``paper`` w
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import json
 import math
 import types
@@ -203,7 +204,9 @@ class Config:
             for parent in parents:
                 node = node.get(parent) if isinstance(node, dict) else None
             if not isinstance(node, dict) or leaf not in node or isinstance(node[leaf], dict):
-                raise ConfigError(f"config: no key {key!r}; the keys are {', '.join(config_keys())}")
+                near = difflib.get_close_matches(key, config_keys(), 3, 0.5)
+                hint = f"; did you mean {' or '.join(near)}?" if near else ""
+                raise ConfigError(f"config: no key {key!r}{hint} (`sparsify info --preset demo` lists the keys)")
             node[leaf] = value
         return Config.from_dict(data)
 
