@@ -122,11 +122,12 @@ class AdaptiveSparseMerging(nn.Module):
         if dim is not None and dim % heads:
             raise ValueError(f"AdaptiveSparseMerging: dim must be a multiple of heads = {heads}, got {dim}")
         self.dim = dim
+        self.context_dim = dim if context_dim is None else context_dim
         self.heads = heads
         self.fence = fence
         self.capacity = capacity
         self.enabled = enabled
-        self.query = nn.Identity() if dim is None else nn.Linear(dim if context_dim is None else context_dim, dim)
+        self.query = nn.Identity() if dim is None else nn.Linear(self.context_dim, dim)
         self.key = nn.Identity() if dim is None else nn.Linear(dim, dim)
 
     def extra_repr(self) -> str:
@@ -209,11 +210,10 @@ class AdaptiveSparseMerging(nn.Module):
         args.tensor("x", x, "B N D" if self.dim is None else f"B N {self.dim}", FLOATS)
         width = x.shape[2]
         args.require(width > 0 and width % self.heads == 0, "x's width", f"a multiple of heads = {self.heads}", width)
-        wanted = width if self.dim is None else self.query.in_features
         if context is not None:
-            args.tensor("context", context, f"B M {wanted}", FLOATS)
-        elif self.enabled:
-            args.require(wanted == width, "context", f"given: queries are projected from width {wanted}", None)
+            args.tensor("context", context, "B M D" if self.dim is None else f"B M {self.context_dim}", FLOATS)
+        elif self.context_dim != self.dim:
+            args.require(False, "context", f"given: queries are projected from width {self.context_dim}", None)
         if size is not None:
             args.tensor("size", size, "B N", FLOATS)
         if position is not None:

@@ -70,7 +70,8 @@ def attention_scores(
     q, k, v = (_autocast(t) for t in (q, k, v))
     args = Arguments("attention_scores")
     args.tensor("q", q, "B H M d", FLOATS)
-    args.require(args.sizes["H"] > 0 and args.sizes["d"] > 0, "q", "[B, H, M, d] with H >= 1 and d >= 1", describe(q))
+    if args.sizes["H"] == 0 or args.sizes["d"] == 0:
+        raise ValueError(f"attention_scores: q must be [B, H, M, d] with H >= 1 and d >= 1, got {describe(q)}")
     args.tensor("k", k, "B H N d", FLOATS)
     args.same_dtype("k", k, "q", q)
     if v is not None:

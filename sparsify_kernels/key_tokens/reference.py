@@ -99,7 +99,7 @@ def key_tokens_gather(x: Tensor, index: Tensor) -> Tensor:
     inside = (index >= 0) & ~bad
     sample = torch.arange(batch, device=x.device)[:, None]
     rows = x[sample, torch.where(inside, index, 0)]  # [B, K, ...]
-    return torch.where(inside.view(*index.shape, *ones), rows, blank)
+    return torch.where(inside.view(*index.shape, *ones), rows, blank).contiguous()
 
 
 @without_autocast

@@ -75,7 +75,8 @@ def merge_tokens(
     if not isinstance(keys, KeyTokens):
         raise TypeError(f"merge_tokens: keys must be KeyTokens(index, count), got {describe(keys)}")
     args.tensor("keys.index", keys.index, "B K", (torch.int64,))
-    args.require(args.sizes["K"] > 0, "keys.index", "int64 [B, K] with K >= 1", describe(keys.index))
+    if args.sizes["K"] == 0:
+        raise ValueError(f"merge_tokens: keys.index must be int64 [B, K] with K >= 1, got {describe(keys.index)}")
     args.tensor("keys.count", keys.count, "B", (torch.int64,))
     if weight is not None:
         args.tensor("weight", weight, "B N", FLOATS)

@@ -1,0 +1,66 @@
+"""Memory that tells on a kernel: allocations full of NaN, and tensors with sentinels around them."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+__all__ = ["Guarded", "guarded", "poisoned_memory"]
+
+MARGIN = 64  # elements on either side
+
+
+@contextlib.contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Inside, ``torch.empty`` and its kin, in C++ too, hand out NaN (the largest value for integers, True for bool): what a kernel forgets to write shows.
+
+    PyTorch does this with deterministic algorithms on, so they are on as well; both are as before afterwards.
+    """
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    fill = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before, warn_only=warn_only)
+        torch.utils.deterministic.fill_uninitialized_memory = fill
+
+
+class Guarded(NamedTuple):
+    """A tensor in the middle of a larger buffer; see ``guarded``."""
+
+    tensor: Tensor
+    buffer: Tensor
+
+    def check(self) -> None:
+        """Raises ``AssertionError`` if something wrote next to the tensor."""
+        expected = _sentinel(self.buffer.dtype)
+        for where, part in (("before", self.buffer[:MARGIN]), ("after", self.buffer[-MARGIN:])):
+            intact = part.isnan().all() if isinstance(expected, float) else (part == expected).all()
+            if not bool(intact):
+                raise AssertionError(f"something wrote {where} the tensor")
+
+
+def guarded(x: Tensor) -> Guarded:
+    """A contiguous copy of ``x`` with sentinels (NaN; -77 or 77 for integers) on both sides.
+
+    As an input it shows reads out of bounds (NaN in the result), as an output buffer writes out of bounds (``check()``).
+    """
+    buffer = torch.full((x.numel() + 2 * MARGIN,), _sentinel(x.dtype), dtype=x.dtype, device=x.device)
+    inside = buffer[MARGIN : MARGIN + x.numel()].view(x.shape)
+    inside.copy_(x)
+    return Guarded(inside, buffer)
+
+
+def _sentinel(dtype: torch.dtype) -> float | int | bool:
+    if dtype == torch.bool:
+        return True
+    if dtype.is_floating_point:
+        return float("nan")
+    return -77 if dtype.is_signed else 77
