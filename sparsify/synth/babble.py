@@ -43,7 +43,7 @@ def _utterance(
     breath = rng.standard_normal(n).astype(np.float32) * 0.02
     inside = (t * rate) % 1.0
     voiced = np.clip(np.minimum((inside - 0.18) / 0.1, (0.98 - inside) / 0.1), 0, 1).astype(np.float32)
-    hiss = np.where(inside < 0.16, 0.05 * (rng.random(syllables) < 0.6)[(t * rate).astype(int)], 0.0)
+    hiss = np.where(inside < 0.16, 0.012 * (rng.random(syllables) < 0.6)[(t * rate).astype(int)], 0.0)
     noise = rng.standard_normal(n).astype(np.float32)
     consonants = np.diff(noise, prepend=noise[:1]) * hiss.astype(np.float32)
     formants = _VOWELS[rng.integers(len(_VOWELS), size=syllables)] * stretch

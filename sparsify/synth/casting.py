@@ -290,13 +290,13 @@ def _movement(players: list[Player], rng: random.Random, seconds: float) -> list
 
 def _boxes(count: int, rng: random.Random, size: int) -> list[tuple[int, int, int, int]]:
     """One box twice as high as wide for each of ``count`` players side by side, feet near the lower edge."""
-    width = round(size * min(0.40, 0.98 / count))
+    width = round(size * (0.42, 0.42, 0.36, 0.29, 0.235)[count - 1])  # neighbours in a row of five overlap a little
     slot = size / count
     boxes = []
     for i in range(count):
         w = round(width * rng.choice((0.94, 1.0)))
-        room = max(0.0, slot - w)
-        x = round(i * slot + room / 2 + rng.uniform(-0.5, 0.5) * min(room, 0.2 * size))
+        room = slot - w
+        x = round(i * slot + room / 2 + rng.uniform(-0.5, 0.5) * min(max(room, 0.0), 0.2 * size))
         bottom = round(size * rng.uniform(0.93, 0.99) - (0.08 * size if count > 3 else 0))
         x = min(max(x, 0), size - w)
         boxes.append((x, bottom - 2 * w, x + w, bottom))

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from sparsify.data.templates import INSTRUMENTS, TEMPLATES, Template
 from sparsify.synth.casting import cast, plan_for
-from sparsify.synth.questions import COUNTS, Candidate, candidates, candidates_of
+from sparsify.synth.questions import COUNTS, Candidate, candidates_of
 from sparsify.synth.scene import Scene
 
 __all__ = ["PlannedClip", "plan_split"]
@@ -66,37 +66,38 @@ def _answer_shares(template: Template) -> dict[str, float]:
 
 
 class _Ledger:
-    """Counts of what was asked and answered so far."""
+    """Counts of what was asked and answered so far, by the template's text."""
 
     def __init__(self) -> None:
-        self.shares = {t: _answer_shares(t) for t in TEMPLATES}
-        self.asked: Counter[Template] = Counter()
-        self.answered: Counter[tuple[Template, str]] = Counter()
-        self.filled: Counter[tuple[Template, tuple[str, ...]]] = Counter()
-        self.filled_answered: Counter[Candidate | tuple[Template, tuple[str, ...], str]] = Counter()
+        self.shares = {t.text: _answer_shares(t) for t in TEMPLATES}
+        self.asked: Counter[str] = Counter()
+        self.answered: Counter[tuple[str, str]] = Counter()
+        self.filled: Counter[tuple[str, tuple[str, ...]]] = Counter()
+        self.filled_answered: Counter[tuple[str, tuple[str, ...], str]] = Counter()
 
     def add(self, c: Candidate) -> None:
-        self.asked[c.template] += 1
-        self.answered[c.template, c.answer] += 1
-        self.filled[c.template, c.values] += 1
-        self.filled_answered[c.template, c.values, c.answer] += 1
+        text = c.template.text
+        self.asked[text] += 1
+        self.answered[text, c.answer] += 1
+        self.filled[text, c.values] += 1
+        self.filled_answered[text, c.values, c.answer] += 1
 
-    def missing(self, template: Template, answer: str) -> float:
-        """How many answers short of its share ``answer`` is."""
-        return self.shares[template][answer] * (self.asked[template] + 1) - self.answered[template, answer]
+    def missing(self, text: str, answer: str) -> float:
+        """How many answers short of its share ``answer`` is, once one more question is asked."""
+        return self.shares[text][answer] * (self.asked[text] + 1) - self.answered[text, answer]
 
     def fits(self, c: Candidate) -> bool:
         """Whether asking ``c`` keeps the answers of its template and of its filled question level."""
-        share = self.shares[c.template].get(c.answer, 0.0)
-        slack = 1.0 - share
-        if share == 0.0 or self.missing(c.template, c.answer) < 1.0 - slack - 1e-9:
+        text = c.template.text
+        share = self.shares[text].get(c.answer, 0.0)
+        if share == 0.0 or self.missing(text, c.answer) < share - 1e-9:
             return False
-        asked, answered = self.filled[c.template, c.values], self.filled_answered[c.template, c.values, c.answer]
-        return answered + 1 <= share * (asked + 1) + slack + 1e-9
+        asked, answered = self.filled[text, c.values], self.filled_answered[text, c.values, c.answer]
+        return answered + 1 <= share * (asked + 1) + (1.0 - share) + 1e-9
 
-    def need(self, c: Candidate) -> tuple[int, int, float]:
-        """Sorts candidates: the least asked template and filled question, the most missing answer."""
-        return self.asked[c.template], self.filled[c.template, c.values], -self.missing(c.template, c.answer)
+    def need(self, c: Candidate) -> tuple[int, float]:
+        """Sorts the candidates of a template: the least asked filled question, the most missing answer."""
+        return self.filled[c.template.text, c.values], -self.missing(c.template.text, c.answer)
 
 
 def plan_split(
@@ -109,25 +110,36 @@ def plan_split(
         used.add(_signature(scene))
         ledger.add(first)
         chosen = [first]
-        others = candidates(scene)
         for _ in range(rng.randint(*questions) - 1):
-            asked = {c.template for c in chosen}
-            fitting = [c for c in others if c.template not in asked and ledger.fits(c)]
-            if not fitting:
+            further = _further_question(ledger, rng, scene, {c.template.text for c in chosen})
+            if further is None:
                 break
-            best = _pick(ledger, fitting, rng)
-            ledger.add(best)
-            chosen.append(best)
+            ledger.add(further)
+            chosen.append(further)
         rng.shuffle(chosen)
         yield PlannedClip(scene, tuple(chosen))
+
+
+def _by_need(ledger: _Ledger, rng: random.Random) -> list[Template]:
+    """The templates, the least asked first, in random order where they tie."""
+    return sorted(TEMPLATES, key=lambda t: (ledger.asked[t.text], rng.random()))
+
+
+def _further_question(ledger: _Ledger, rng: random.Random, scene: Scene, asked: set[str]) -> Candidate | None:
+    """The most needed question that ``scene`` answers from a template not in ``asked``."""
+    for template in _by_need(ledger, rng):
+        if template.text not in asked:
+            fitting = [c for c in candidates_of(scene, template) if ledger.fits(c)]
+            if fitting:
+                return _pick(ledger, fitting, rng)
+    return None
 
 
 def _first_question(
     ledger: _Ledger, rng: random.Random, seconds: float, size: int, used: set[str]
 ) -> tuple[Scene, Candidate]:
-    least = min(ledger.asked[t] for t in TEMPLATES)
-    for template in sorted((t for t in TEMPLATES if ledger.asked[t] <= least + 1), key=lambda t: (ledger.asked[t], rng.random())):
-        answers = sorted(ledger.shares[template], key=lambda a: (-ledger.missing(template, a), rng.random()))
+    for template in _by_need(ledger, rng):
+        answers = sorted(ledger.shares[template.text], key=lambda a: (-ledger.missing(template.text, a), rng.random()))
         for answer in answers[:4]:
             for _ in range(TRIES):
                 scene = cast(plan_for(template.text, answer, rng), rng, seconds, size)
@@ -143,14 +155,11 @@ def _wanted(ledger: _Ledger, c: Candidate, answer: str) -> bool:
 
 
 def _pick(ledger: _Ledger, fitting: list[Candidate], rng: random.Random) -> Candidate:
-    least = min(ledger.asked[c.template] for c in fitting)
-    fitting = [c for c in fitting if ledger.asked[c.template] == least]
-    template = rng.choice(sorted({c.template.text for c in fitting}))
-    fitting = [c for c in fitting if c.template.text == template]
+    """The most needed of the ``fitting`` questions from one template."""
     if rng.random() < HARD:
         fitting = [c for c in fitting if c.hard] or fitting
-    if template.startswith(("Is there a <", "Are there")):  # "no" is true of many more instruments than "yes"
-        answer = max(sorted({c.answer for c in fitting}), key=lambda a: (ledger.missing(fitting[0].template, a), rng.random()))
+    if fitting[0].template.text.startswith(("Is there a <", "Are there")):  # "no" is true of many more instruments than "yes"
+        answer = max(sorted({c.answer for c in fitting}), key=lambda a: (ledger.missing(fitting[0].template.text, a), rng.random()))
         fitting = [c for c in fitting if c.answer == answer]
     rng.shuffle(fitting)
     return min(fitting, key=ledger.need)

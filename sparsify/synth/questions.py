@@ -21,7 +21,7 @@ from typing import NamedTuple
 from sparsify.data.templates import INSTRUMENTS, TEMPLATES, Template, tidy
 from sparsify.synth.scene import Player, Scene, Voice, duration, overlap, place_name
 
-__all__ = ["COUNTS", "Candidate", "candidates", "candidates_of"]
+__all__ = ["COUNTS", "Candidate", "candidates_of"]
 
 LOUDER = 8.0  # dB between "louder" and not
 RHYTHM = 2.0  # ratio of note rates between "more rhythmic" and not
@@ -49,13 +49,8 @@ class Candidate(NamedTuple):
     hard: bool
 
 
-def candidates(scene: Scene) -> list[Candidate]:
-    """All questions about ``scene`` in the order of the templates."""
-    return [c for template in TEMPLATES for c in candidates_of(scene, template)]
-
-
 def candidates_of(scene: Scene, template: Template) -> list[Candidate]:
-    """The questions from one template."""
+    """The questions from one template that ``scene`` answers."""
     return [Candidate(template, *found) for found in _FINDERS[tidy(template.text)](scene)]
 
 

@@ -152,7 +152,7 @@ def _play(voice: Voice, samples: int, rng: np.random.Generator) -> NDArray[np.fl
     if at < samples:
         synth.generate(samples - at, memoryview(wave[at:]).cast("B"))
     synth.sounds_off(0)
-    return np.ascontiguousarray(wave.mean(axis=1))
+    return (wave[:, 0] + wave[:, 1]) * np.float32(0.5)
 
 
 def _events(voice: Voice, sound: InstrumentSound, rng: np.random.Generator) -> list[Event]:
