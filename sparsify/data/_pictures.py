@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_right
 from collections.abc import Iterator
 from pathlib import Path
@@ -49,7 +48,8 @@ def at_times(
     """The pictures shown at ``times`` (seconds of clip time), and which of them could not be decoded.
 
     Returns:
-        uint8 [T, size, size, 3] in RGB, and indices into ``times``: there the nearest picture decoded stands in (zeros if none was).
+        uint8 [T, size, size, 3] in RGB, and indices into ``times``: there the nearest picture decoded stands in (zeros
+        if none was).
     """
     video.thread_type = "AUTO"
     if video.codec_context.thread_count != threads and not video.codec_context.is_open:
@@ -79,8 +79,8 @@ def _by_runs(
     """Decode the frames at ``times`` by the packet table: from key frames on, leaving out what nothing else needs."""
     wanted = _packets_shown_at(scan, float(video.time_base), times)
     pictures: dict[int, np.ndarray] = {}  # by timestamp
-    # In H.264 a frame marked as not for reference changes no other frame, so it is only decoded where it is wanted itself. (HEVC's mark
-    # speaks of one temporal layer alone.)
+    # In H.264 a frame marked as not for reference changes no other frame, so it is only decoded where it is wanted
+    # itself. (HEVC's mark speaks of one temporal layer alone.)
     skip = video.codec_context.name == "h264"
     for start, stop in _runs(scan, wanted):
         keep = {scan.pts[i] for i in wanted if start <= i < stop}
@@ -100,12 +100,15 @@ def _packets_shown_at(scan: Scan, tick: float, times: list[float]) -> list[int]:
 
 
 def _runs(scan: Scan, wanted: list[int]) -> list[tuple[int, int]]:
-    """Ranges of packets [start, stop) to decode, each from a key frame on, so that every wanted packet can be decoded."""
+    """Ranges of packets [start, stop) to decode, each from a key frame on, so that every wanted packet can be
+    decoded.
+    """
     keys = [i for i, key in enumerate(scan.key) if key]
     runs: list[tuple[int, int]] = []
     for i in sorted(set(wanted)):
         k = bisect_right(keys, i) - 1
-        # A frame shown before its key frame but stored after it (an open group of pictures) needs the group before, too.
+        # A frame shown before its key frame but stored after it (an open group of pictures) needs the group before,
+        # too.
         while k > 0 and scan.pts[keys[k]] > scan.pts[i]:
             k -= 1
         start = keys[k] if k >= 0 else 0
@@ -119,7 +122,9 @@ def _runs(scan: Scan, wanted: list[int]) -> list[tuple[int, int]]:
 def _decode_run(
     container: Container, video: VideoStream, scan: Scan, start: int, stop: int, only: set[int] | None
 ) -> Iterator[av.VideoFrame]:
-    """Every frame of packets [start, stop); with ``only``, frames that are neither needed nor at these timestamps are left out."""
+    """Every frame of packets [start, stop); with ``only``, frames that are neither needed nor at these timestamps are
+    left out.
+    """
     place = {dts: i for i, dts in enumerate(scan.dts)}
     container.seek(scan.dts[start], stream=video, backward=True, any_frame=False)
     reached = False
@@ -182,7 +187,9 @@ def _decode(video: VideoStream, packet: av.Packet | None) -> list[av.VideoFrame]
 
 
 def _picture(frame: av.VideoFrame, size: int) -> np.ndarray:
-    """uint8 [size, size, 3] in RGB, upright. AREA averages what a pixel covers: no aliasing, and cheaper than bicubic."""
+    """uint8 [size, size, 3] in RGB, upright. AREA averages what a pixel covers: no aliasing, and cheaper than
+    bicubic.
+    """
     square = frame.reformat(width=size, height=size, format="rgb24", interpolation="AREA")
     # Turning the square is turning the frame: the resize makes width and height the same.
     return np.ascontiguousarray(np.rot90(square.to_ndarray(), quarter_turns(frame)))

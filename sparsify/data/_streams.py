@@ -34,7 +34,9 @@ _LEAST = 1e-3  # seconds: a file that holds less is empty
 
 
 class Scan(NamedTuple):
-    """What reading every packet of a file once tells. Packets are in decoding order; times in the video stream's ticks."""
+    """What reading every packet of a file once tells. Packets are in decoding order; times in the video stream's
+    ticks.
+    """
 
     pts: list[int | None]  # when the frame of a packet is shown
     dts: list[int | None]  # when it is decoded
@@ -68,7 +70,9 @@ def opened(path: str | Path) -> Iterator[Container]:
 
 
 def _why_unreadable(path: str | Path) -> str:
-    """A more exact reason where an MP4 file lacks its index, which is what an interrupted recording or download leaves."""
+    """A more exact reason where an MP4 file lacks its index, which is what an interrupted recording or download
+    leaves.
+    """
     with open(path, "rb") as file:
         head, position, size = file.read(12), 0, os.fstat(file.fileno()).st_size
         if head[4:8] != b"ftyp":
@@ -207,7 +211,7 @@ class _Track:
             rate, samples = part.sample_rate, part.samples
             if not self._runs or self._runs[-1][0] != rate:
                 self._runs.append((rate, []))
-            if time is not None and _GAP < time - self._start - self._seconds and time - self._start < self._end:
+            if time is not None and time - self._start - self._seconds > _GAP and time - self._start < self._end:
                 self._append(np.zeros(round((time - self._start - self._seconds) * rate), np.float32))
             channels = [np.frombuffer(plane, np.float32, samples) for plane in part.planes]
             self._append(sum(channels[1:], channels[0]) / np.float32(len(channels)))

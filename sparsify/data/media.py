@@ -1,12 +1,13 @@
 """Pictures and sound of a video file, decoded with PyAV.
 
-Clip time: second 0 is where the file's first stream starts. A frame is shown from its own timestamp until the next one's, so the picture
-*at* a time is the latest frame at or before it (the first one before that, the last one after): with a variable frame rate, too. Frames
-are turned as their display matrix says and resized whole to a square, the aspect not kept. Sound is the mean of its channels.
+Clip time: second 0 is where the file's first stream starts. A frame is shown from its own timestamp until the next
+one's, so the picture *at* a time is the latest frame at or before it (the first one before that, the last one after):
+with a variable frame rate, too. Frames are turned as their display matrix says and resized whole to a square, the
+aspect not kept. Sound is the mean of its channels.
 
-A first pass reads every packet and decodes none: which frames exist, and how far the file really goes. Then pictures and sound are decoded
-side by side: each run of frames that a wanted one needs, from its key frame on, which is a few seeks for few frames and one pass for many
-(``sparsify.data._pictures``), and all of the sound.
+A first pass reads every packet and decodes none: which frames exist, and how far the file really goes. Then pictures
+and sound are decoded side by side: each run of frames that a wanted one needs, from its key frame on, which is a few
+seeks for few frames and one pass for many (``sparsify.data._pictures``), and all of the sound.
 """
 
 from __future__ import annotations
@@ -106,7 +107,8 @@ def read_audio(path: str | Path, sample_rate: int, *, partial: bool = False) -> 
     """The sound of a file, mixed to one channel (the mean) and resampled; sample 0 is clip time 0.
 
     Returns:
-        float32 [n] in [-1, 1] at ``sample_rate`` Hz, and True; or an empty array and False where the file has no audio stream.
+        float32 [n] in [-1, 1] at ``sample_rate`` Hz, and True; or an empty array and False where the file has no audio
+        stream.
 
     Raises:
         TruncatedMediaError, MediaError: as ``read_frames``; a file without a picture is read all the same.
@@ -130,8 +132,8 @@ def read_clip(
 ) -> Clip:
     """A video as the model takes it: sampled frames and log-mel images, cut into mask units.
 
-    Frame t of T is shown at the middle of the t-th of T equal parts; S audio segments start evenly spread (``segment_starts``), short sound is
-    repeated and padded as CLAP does.
+    Frame t of T is shown at the middle of the t-th of T equal parts; S audio segments start evenly spread
+    (``segment_starts``), short sound is repeated and padded as CLAP does.
 
     Args:
         path: the video file.
@@ -142,7 +144,8 @@ def read_clip(
         threads: 1 keeps all work in this thread; 0 decodes sound and pictures side by side.
 
     Raises:
-        TruncatedMediaError: less than 90 % of the declared duration can be read, and not ``partial``; says how much can.
+        TruncatedMediaError: less than 90 % of the declared duration can be read, and not ``partial``; says how much
+            can.
         MediaError: the file is missing, no media file, has no picture, or none can be decoded.
     """
     clip, size = config.clip, config.vision.image_size
@@ -172,7 +175,9 @@ def read_clip(
 def _mel_units(
     path: str | Path | None, found: _streams.Scan, starts: list[float], config: Config
 ) -> tuple[Tensor, bool]:
-    """fp16 [S, Ua, unit * unit], the mel images of the segments that start at ``starts`` seconds, and whether there is any sound."""
+    """fp16 [S, Ua, unit * unit], the mel images of the segments that start at ``starts`` seconds, and whether there is
+    any sound.
+    """
     clip, audio = config.clip, config.audio
     wave = None
     if path is not None:
@@ -212,5 +217,6 @@ def _refuse_truncated(found: _streams.Scan, path: str | Path, partial: bool) -> 
     for what, readable, declared in found.extents:
         if readable < _READABLE * declared and not partial:
             raise TruncatedMediaError(
-                f"{path}: truncated: {readable:.1f} of {declared:.1f} s of the {what} can be read (expected at least {_READABLE:.0%})"
+                f"{path}: truncated: {readable:.1f} of {declared:.1f} s of the {what} can be read "
+                f"(expected at least {_READABLE:.0%})"
             )

@@ -1,12 +1,14 @@
 """Log-mel images as CLAP's audio encoder takes them, without importing transformers.
 
-``log_mel`` gives what transformers' ``ClapFeatureExtractor`` gives with ``truncation="rand_trunc"``, ``padding="repeatpad"`` (a Hann window,
-power, Slaney's mel filters, decibels over a floor of 1e-10: -100 dB is silence). ``mel_image`` gives what ``ClapAudioEncoder.reshape_mel2img``
-gives before the patch embedding: the frames are resized to ``mel_frames`` and folded into a square.
+``log_mel`` gives what transformers' ``ClapFeatureExtractor`` gives with ``truncation="rand_trunc"``,
+``padding="repeatpad"`` (a Hann window, power, Slaney's mel filters, decibels over a floor of 1e-10: -100 dB is
+silence). ``mel_image`` gives what ``ClapAudioEncoder.reshape_mel2img`` gives before the patch embedding: the frames are
+resized to ``mel_frames`` and folded into a square.
 
-**Orientation.** With ``f = spec_size / mel_bins`` the image holds ``f`` bands of ``mel_bins`` rows. Row ``r`` is mel bin ``r % mel_bins``
-(0 the lowest) of band ``r // mel_bins``; column ``c`` of band ``b`` is mel frame ``b * spec_size + c``. Time thus runs left to right through a band
-and goes on in the band below; pitch rises downwards within a band. ``unit_times`` says when each unit (or token) sounds.
+**Orientation.** With ``f = spec_size / mel_bins`` the image holds ``f`` bands of ``mel_bins`` rows. Row ``r`` is mel
+bin ``r % mel_bins`` (0 the lowest) of band ``r // mel_bins``; column ``c`` of band ``b`` is mel frame ``b * spec_size +
+c``. Time thus runs left to right through a band and goes on in the band below; pitch rises downwards within a band.
+``unit_times`` says when each unit (or token) sounds.
 """
 
 from __future__ import annotations
@@ -29,12 +31,13 @@ SILENCE_DB = -100.0  # 10 * log10 of the floor
 def log_mel(wave: Tensor, clip: ClipConfig, mel_bins: int) -> Tensor:
     """The log-mel spectrogram of one segment.
 
-    ``10 log10 max(1e-10, F |STFT(wave)|^2)``, windows centred on multiples of ``hop`` with the ends mirrored. Computed in fp64: between a
-    loud and a silent band lie more than the seven digits of fp32.
+    ``10 log10 max(1e-10, F |STFT(wave)|^2)``, windows centred on multiples of ``hop`` with the ends mirrored. Computed
+    in fp64: between a loud and a silent band lie more than the seven digits of fp32.
 
     Args:
-        wave: [n] samples at ``clip.sample_rate``, n at most ``segment_seconds`` long (the rest is cut). A shorter one is repeated as often as it fits
-            whole and then padded with zeros (CLAP's ``repeatpad``); an empty one is silence.
+        wave: [n] samples at ``clip.sample_rate``, n at most ``segment_seconds`` long (the rest is cut). A shorter one
+            is repeated as often as it fits whole and then padded with zeros (CLAP's ``repeatpad``); an empty one is
+            silence.
         clip: rates, window and band.
         mel_bins: bands.
 
@@ -58,8 +61,8 @@ def log_mel(wave: Tensor, clip: ClipConfig, mel_bins: int) -> Tensor:
 def mel_image(decibels: Tensor, audio: AudioConfig) -> Tensor:
     """Log-mel frames resized to ``audio.mel_frames`` and folded into a square (see the module's orientation).
 
-    Up to ``mel_frames`` frames are resized exactly as CLAP does (bicubic, corners aligned). CLAP refuses more; here they are resized the same
-    way but antialiased.
+    Up to ``mel_frames`` frames are resized exactly as CLAP does (bicubic, corners aligned). CLAP refuses more; here
+    they are resized the same way but antialiased.
 
     Args:
         decibels: [..., frames, mel_bins], floating.
@@ -88,7 +91,8 @@ def unit_times(audio: AudioConfig, clip: ClipConfig, cell: int | None = None) ->
     Args:
         audio: geometry of the image.
         clip: duration of a segment and hop of its frames.
-        cell: side of a cell in pixels; default the mask unit. ``patch_size * 2 ** (stages - 1)`` gives the last stage's tokens.
+        cell: side of a cell in pixels; default the mask unit. ``patch_size * 2 ** (stages - 1)`` gives the last stage's
+            tokens.
 
     Returns:
         fp32 [(spec_size / cell)^2] seconds from the start of the segment, row-major.
@@ -108,8 +112,9 @@ def unit_times(audio: AudioConfig, clip: ClipConfig, cell: int | None = None) ->
 def mel_filters(sample_rate: int, fft: int, f_min: float, f_max: float, mel_bins: int) -> np.ndarray:
     """Slaney's triangular mel filters with unit area: fp64 [fft / 2 + 1, mel_bins].
 
-    The scale (Slaney, Auditory Toolbox, 1998) is linear below 1 kHz, 3 mels each 200 Hz, and logarithmic above, 27 mels a factor of 6.4. Each
-    filter rises from the centre of the one below and falls to the centre of the one above, scaled by 2 / width in Hz.
+    The scale (Slaney, Auditory Toolbox, 1998) is linear below 1 kHz, 3 mels each 200 Hz, and logarithmic above, 27 mels
+    a factor of 6.4. Each filter rises from the centre of the one below and falls to the centre of the one above, scaled
+    by 2 / width in Hz.
     """
     linear, log_step, knee = 3 / 200, 27 / math.log(6.4), 1000.0
 

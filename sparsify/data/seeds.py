@@ -12,8 +12,9 @@ _MAX = 2**63 - 1
 def mask_seed(run_seed: int, epoch: int, video_id: str, modality: str, index: int) -> int:
     """The seed of one frame's or one audio segment's mask in one epoch.
 
-    ``blake2b-64("run_seed epoch modality index video_id") mod 2^63``, the text in UTF-8 with single spaces, the digest read
-    little-endian. This layout is fixed: a saved run goes on with the same masks. (The id comes last because it alone may hold spaces.)
+    ``blake2b-64("run_seed epoch modality index video_id") mod 2^63``, the text in UTF-8 with single spaces, the digest
+    read little-endian. This layout is fixed: a saved run goes on with the same masks. (The id comes last because it
+    alone may hold spaces.)
 
     Args:
         run_seed: seed of the run.

@@ -1,8 +1,8 @@
 """Images as mask units: square blocks that a mask keeps or drops whole.
 
-An image [C, H, W] cut into blocks of ``unit`` x ``unit`` pixels becomes [U, C * unit * unit], one row a block, so that a kept block
-is one contiguous run of bytes: what is masked is never read. Block ``u`` is row ``u // gw``, column ``u % gw`` of the ``gh`` x ``gw``
-grid (row-major); inside a row of the result the block is flattened as [C, unit, unit].
+An image [C, H, W] cut into blocks of ``unit`` x ``unit`` pixels becomes [U, C * unit * unit], one row a block, so that
+a kept block is one contiguous run of bytes: what is masked is never read. Block ``u`` is row ``u // gw``, column ``u %
+gw`` of the ``gh`` x ``gw`` grid (row-major); inside a row of the result the block is flattened as [C, unit, unit].
 """
 
 from __future__ import annotations
@@ -54,7 +54,8 @@ def from_units(units: Tensor, unit: int, grid: tuple[int, int]) -> Tensor:
     gh, gw = grid
     if units.dim() < 2 or units.shape[-2] != gh * gw or unit < 1 or units.shape[-1] % (unit * unit):
         raise ValueError(
-            f"from_units: expected [..., {gh * gw}, C * {unit} * {unit}] for a grid of {gh} x {gw}, got {list(units.shape)}"
+            f"from_units: expected [..., {gh * gw}, C * {unit} * {unit}] for a grid of {gh} x {gw}, "
+            f"got {list(units.shape)}"
         )
     *lead, _, values = units.shape
     channels = values // (unit * unit)

@@ -29,7 +29,7 @@ def test_seeds_differ_and_stay_in_range() -> None:
         for index in range(12)
     }
     assert len(seeds) == 2 * 12 * 3 * 2 * 12
-    assert 0 <= min(seeds)
+    assert min(seeds) >= 0
     assert max(seeds) < 2**63
     assert max(seeds) > 2**62  # not a 32-bit hash
 
