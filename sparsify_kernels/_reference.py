@@ -1,4 +1,5 @@
-"""What the plain PyTorch implementations share: the accumulation dtype, masking that stops NaN, and a deterministic segment sum."""
+"""What the plain PyTorch implementations share: the accumulation dtype, masking that stops NaN, and a deterministic
+segment sum."""
 
 from __future__ import annotations
 
@@ -14,7 +15,8 @@ R = TypeVar("R")
 
 
 def without_autocast(kernel: Callable[P, R]) -> Callable[P, R]:
-    """Run ``kernel`` with autocast off: autocast reaches into Python kernels too and would round their matrix products to bf16."""
+    """Run ``kernel`` with autocast off: autocast reaches into Python kernels too and would round their matrix
+    products to bf16."""
 
     @functools.wraps(kernel)
     def run(*args: P.args, **kwargs: P.kwargs) -> R:
@@ -38,8 +40,8 @@ def masked(x: Tensor, valid: Tensor) -> Tensor:
 def segment_sum(rows: Tensor, segment: Tensor, segments: int) -> Tensor:
     """Sums rows [N, ...] with the same ``segment`` [N] into [segments, ...]; rows of segment -1 are left out.
 
-    Every segment is summed in ascending order of n on every run. ``index_add_`` does that on a CPU; on other devices it adds
-    atomically, and the sorting ``index_put_`` takes its place.
+    Every segment is summed in ascending order of n on every run. ``index_add_`` does that on a CPU; on other devices
+    it adds atomically, and the sorting ``index_put_`` takes its place.
     """
     total = rows.new_zeros((segments + 1, *rows.shape[1:]))  # the last one takes what is left out
     target = torch.where(segment < 0, segments, segment)

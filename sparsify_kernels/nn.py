@@ -95,14 +95,16 @@ class AdaptiveSparseMerging(nn.Module):
     Adaptive sparse merging of Diao et al., ACL 2025 (arXiv 2506.01319).
 
     Args:
-        dim: None: no parameters, x and context are keys and queries as they are. Else the width of x, which is projected to keys of the same width.
+        dim: None: no parameters, x and context are keys and queries as they are. Else the width of x, which is
+            projected to keys of the same width.
         context_dim: width of the context, projected to queries of width ``dim``; default ``dim``.
         heads: attention heads; must divide the width of the keys.
         fence: see ``key_tokens``; 0 is the upper quartile, 1.5 Tukey's outlier rule.
         capacity: most tokens to keep; default a quarter.
         enabled: False returns the input as it is. May be switched at any time.
 
-    Picking and assigning are discrete: the projections learn through ``scores`` alone, the gradient of ``tokens`` goes to x and size.
+    Picking and assigning are discrete: the projections learn through ``scores`` alone, the gradient of ``tokens``
+    goes to x and size.
     """
 
     def __init__(
@@ -127,7 +129,7 @@ class AdaptiveSparseMerging(nn.Module):
         self.fence = fence
         self.capacity = capacity
         self.enabled = enabled
-        self.query = nn.Identity() if dim is None else nn.Linear(self.context_dim, dim)
+        self.query = nn.Identity() if dim is None else nn.Linear(dim if context_dim is None else context_dim, dim)
         self.key = nn.Identity() if dim is None else nn.Linear(dim, dim)
 
     def extra_repr(self) -> str:
@@ -145,17 +147,19 @@ class AdaptiveSparseMerging(nn.Module):
         valid: Tensor | None = None,
         context_valid: Tensor | None = None,
     ) -> SparseTokens:
-        """Merge ``x`` [B, N, D] into at most K = max(1, N - ceil(0.75 * (N - 1))) tokens, or ``capacity`` if that is smaller.
+        """Merge ``x`` [B, N, D] into at most K = max(1, N - ceil(0.75 * (N - 1))) tokens, or ``capacity`` if that is
+        smaller.
 
         Args:
             context: [B, M, Dc], what attends to x; None: x itself.
-            size: [B, N] float >= 0, how much each token stands for (from an earlier merge); default 1. It weighs the attention and the mean.
+            size: [B, N] float >= 0, how much each token stands for (from an earlier merge); default 1. It weighs the
+                attention and the mean.
             position: int64 [B, N], passed through for the key tokens; default ``arange(N)``.
             valid: bool [B, N]. context_valid: bool [B, M], only with a context.
 
         Returns:
-            ``SparseTokens``; with ``enabled=False`` its tokens are the object ``x`` itself, size 1, position and assign ``arange(N)`` (size, position
-            and valid those given), scores None.
+            ``SparseTokens``; with ``enabled=False`` its tokens are the object ``x`` itself, size 1, position and
+            assign ``arange(N)`` (size, position and valid those given), scores None.
 
         Raises:
             TypeError, ValueError: an argument of another dtype, rank, size or device; values as in ``merge_tokens``.
@@ -221,17 +225,19 @@ class AdaptiveSparseMerging(nn.Module):
         if valid is not None:
             args.tensor("valid", valid, "B N", (torch.bool,))
         if context_valid is not None:
-            args.require(context is not None, "context_valid", "None without a context", "a tensor")
+            args.require(context is not None, "context_valid", "None without a context", context_valid)
             args.tensor("context_valid", context_valid, "B M", (torch.bool,))
 
 
 def unmerge(tokens: Tensor, assign: Tensor) -> Tensor:
-    """Give every input token the token it was merged into: [B, K, D] and ``assign`` int64 [B, N] -> [B, N, D], zeros at -1.
+    """Give every input token the token it was merged into: [B, K, D] and ``assign`` int64 [B, N] -> [B, N, D], zeros
+    at -1.
 
     The way back from ``SparseTokens`` to dense positions; the gradient sums over each cluster.
 
     Raises:
-        TypeError, ValueError: an argument of another dtype, rank, size or device, or a slot out of range (as in ``gather_tokens``).
+        TypeError, ValueError: an argument of another dtype, rank, size or device, or a slot out of range (as in
+        ``gather_tokens``).
 
     >>> import torch
     >>> unmerge(torch.tensor([[[1.0], [4.0]]]), torch.tensor([[0, 1, 1, -1]]))[0, :, 0]

@@ -41,25 +41,29 @@ def attention_scores(
         output[h, i] = sum_j P[h, i, j] v[h, j]
         received[j]  = mean over heads h and valid queries i of P[h, i, j]
 
-    ``received`` sums to 1 over the valid keys of a sample. A sample without a valid key has output and received 0, one without a valid query has
-    received 0, and the output of an invalid query is 0.
+    ``received`` sums to 1 over the valid keys of a sample. A sample without a valid key has output and received 0,
+    one without a valid query has received 0, and the output of an invalid query is 0.
 
     Args:
-        q: [B, H, M, d], fp32, bf16, fp16 or fp64, with any strides; B, M and N may be 0. Under autocast q, k and v are cast to its dtype.
+        q: [B, H, M, d], fp32, bf16, fp16 or fp64, with any strides; B, M and N may be 0. Under autocast q, k and v
+            are cast to its dtype.
         k: [B, H, N, d] in q's dtype.
         v: [B, H, N, dv] in q's dtype, or None for the scores alone.
         scale: factor of the dot products, default ``1 / sqrt(d)``.
-        key_bias: [B, N], any float dtype, added to the logits in fp32 (fp64 for fp64): ``log(size)`` lets a merged token count as many.
-            A key of bias -inf is seen by no query.
-        query_valid: bool [B, M]. key_valid: bool [B, N]. What stands at invalid positions, NaN included, reaches no result and no gradient.
+        key_bias: [B, N], any float dtype, added to the logits in fp32 (fp64 for fp64): ``log(size)`` lets a merged
+            token count as many. A key of bias -inf is seen by no query.
+        query_valid: bool [B, M]. key_valid: bool [B, N]. What stands at invalid positions, NaN included, reaches no
+            result and no gradient.
 
     Returns:
         ``AttentionScores(received, output)``, both differentiable (once) in q, k, v and key_bias.
 
     Raises:
-        TypeError: an argument of another type or dtype. ValueError: another rank, size or device, or a scale that is not finite.
+        TypeError: an argument of another type or dtype. ValueError: another rank, size or device, or a scale that is
+            not finite.
 
-    Deterministic; a sample's result does not depend on its batch-mates. The cross-modal scores of Diao et al., ACL 2025 (arXiv 2506.01319).
+    Deterministic; a sample's result does not depend on its batch-mates. The cross-modal scores of Diao et al., ACL
+    2025 (arXiv 2506.01319).
 
     >>> import torch
     >>> from sparsify_kernels import attention_scores

@@ -12,11 +12,12 @@ Backward, from the gradients ``gO`` of output and ``gR`` of received::
     gS            = P * (gP - sum_j P * gP)
     dq, dk, dv, dkey_bias = scale * gS k,  scale * gS^T q,  P^T gO,  sum_{h, i} gS
 
-A row is *dead* when its query is invalid or no key can be seen from it; its P is 0. Sources: Diao et al., ACL 2025 (arXiv 2506.01319),
-adaptive sparse merging; the softmax backward is that of Dao et al., FlashAttention (arXiv 2205.14135), appendix B.2, with gR added.
+A row is *dead* when its query is invalid or no key can be seen from it; its P is 0. Sources: Diao et al., ACL 2025
+(arXiv 2506.01319), adaptive sparse merging; the softmax backward is that of Dao et al., FlashAttention (arXiv
+2205.14135), appendix B.2, with gR added.
 
-This form holds H x M x N of one sample at a time. Samples are computed one by one on purpose: a batched matrix product may pick another
-summation order for another batch size, and a sample's bits must not depend on its batch-mates.
+This form holds H x M x N of one sample at a time. Samples are computed one by one on purpose: a batched matrix
+product may pick another summation order for another batch size, and a sample's bits must not depend on its batch-mates.
 """
 
 from __future__ import annotations
@@ -41,8 +42,9 @@ def attention_scores(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns ``(received, output, lse)``; arguments as in the public function.
 
-    ``received`` [B, N] and ``lse`` [B, H, M] have the accumulation dtype, ``output`` [B, H, M, dv] has q's (dv = 0 without v). ``lse`` is
-    the log-sum-exp of the logits of each row, +inf for a dead one, so that ``exp(logit - lse)`` is P everywhere.
+    ``received`` [B, N] and ``lse`` [B, H, M] have the accumulation dtype, ``output`` [B, H, M, dv] has q's (dv = 0
+    without v). ``lse`` is the log-sum-exp of the logits of each row, +inf for a dead one, so that ``exp(logit -
+    lse)`` is P everywhere.
     """
     batch, heads, queries, _ = q.shape
     keys = k.shape[2]
@@ -74,10 +76,11 @@ def attention_scores_backward(
     scale: float | None,
     wanted: list[bool],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Returns ``(dq, dk, dv, dkey_bias)`` in the dtypes of q, k, v and key_bias; one not ``wanted`` is an empty tensor [0].
+    """Returns ``(dq, dk, dv, dkey_bias)`` in the dtypes of q, k, v and key_bias; one not ``wanted`` is an empty
+    tensor [0].
 
-    ``output`` and ``lse`` are the forward's: with them a kernel rebuilds P tile by tile. This form recomputes P whole instead, which is
-    a little more accurate.
+    ``output`` and ``lse`` are the forward's: with them a kernel rebuilds P tile by tile. This form recomputes P whole
+    instead, which is a little more accurate.
     """
     heads, queries, dim = q.shape[1:]
     factor = dim**-0.5 if scale is None else scale
@@ -117,7 +120,8 @@ def _softmax(
     key_valid: Tensor | None,
     scale: float | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """P [H, M, N], lse [H, M] (+inf in dead rows), and q [H, M, d] and k [H, N, d] of sample b with zeros at invalid positions."""
+    """P [H, M, N], lse [H, M] (+inf in dead rows), and q [H, M, d] and k [H, N, d] of sample b with zeros at invalid
+    positions."""
     factor = q.shape[3] ** -0.5 if scale is None else scale
     q_rows, k_rows = _rows(b, q, query_valid), _rows(b, k, key_valid)
     logits = torch.matmul(q_rows, k_rows.transpose(-1, -2)) * factor  # [H, M, N]

@@ -18,9 +18,9 @@ __all__ = ["KeyTokens", "gather_tokens", "key_tokens"]
 class KeyTokens(NamedTuple):
     """Result of ``key_tokens``."""
 
-    index: Tensor
+    index: Tensor  # type: ignore[assignment]  # hides tuple.index, which nobody misses
     """int64 [B, K]: the key tokens, ascending; -1 beyond ``count``."""
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]
     """int64 [B]: how many key tokens each sample has."""
 
     @property
@@ -36,25 +36,29 @@ def key_tokens(
 
         threshold = Q3 + fence * (Q3 - Q1)          a token is a key where score >= threshold
 
-    Q1 and Q3 are the quartiles of the sample's valid scores as ``torch.quantile`` (linear) defines them. Scores go to fp32; quartiles and threshold are
-    computed in fp64. ``fence=0`` is the upper quartile (100 tokens become 25), ``fence=1.5`` Tukey's outlier rule. The best valid token
-    is always a key. With more candidates than slots the highest scores stay, then the lower index.
+    Q1 and Q3 are the quartiles of the sample's valid scores as ``torch.quantile`` (linear) defines them. Scores go to
+    fp32; quartiles and threshold are computed in fp64. ``fence=0`` is the upper quartile (100 tokens become 25),
+    ``fence=1.5`` Tukey's outlier rule. The best valid token is always a key. With more candidates than slots the
+    highest scores stay, then the lower index.
 
     Args:
         scores: [B, N], fp32, bf16, fp16 or fp64, with any strides; B and N may be 0. Not NaN at valid tokens.
         fence: finite and >= 0.
-        capacity: the number of slots is K = max(1, N - ceil(0.75 * (N - 1))), the size of an upper quartile, or ``capacity`` >= 1 if that is smaller.
+        capacity: the number of slots is K = max(1, N - ceil(0.75 * (N - 1))), the size of an upper quartile, or
+            ``capacity`` >= 1 if that is smaller.
         valid: bool [B, N]. What stands at invalid tokens, NaN included, does not count.
 
     Returns:
-        ``KeyTokens(index int64 [B, K] ascending, -1 beyond count; count int64 [B])``. A sample without a valid token has count 0. Not differentiable.
+        ``KeyTokens(index int64 [B, K] ascending, -1 beyond count; count int64 [B])``. A sample without a valid token
+        has count 0. Not differentiable.
 
     Raises:
-        TypeError: an argument of another type or dtype. ValueError: another rank, size or device, a fence or capacity out of range, or a NaN
-            score (inside ``torch.compile`` a ``RuntimeError``; on a GPU it is looked for only with ``SPARSIFY_CHECK=1`` and counts as -inf otherwise).
+        TypeError: an argument of another type or dtype. ValueError: another rank, size or device, a fence or capacity
+            out of range, or a NaN score (inside ``torch.compile`` a ``RuntimeError``; on a GPU it is looked for only
+            with ``SPARSIFY_CHECK=1`` and counts as -inf otherwise).
 
-    Deterministic, the same index on every backend; a sample's result does not depend on its batch-mates. After Diao et al., ACL 2025
-    (arXiv 2506.01319).
+    Deterministic, the same index on every backend; a sample's result does not depend on its batch-mates. After Diao
+    et al., ACL 2025 (arXiv 2506.01319).
 
     >>> import torch
     >>> from sparsify_kernels import key_tokens
@@ -88,8 +92,9 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
         [B, K, ...] in x's dtype. The gradient of x is the sum over the slots of each token.
 
     Raises:
-        TypeError: an argument of another type or dtype. ValueError: another rank, size or device, or an index out of range (inside ``torch.compile`` a
-            ``RuntimeError``; on a GPU it is looked for only with ``SPARSIFY_CHECK=1``, and gives NaN, or 0 for integers, otherwise).
+        TypeError: an argument of another type or dtype. ValueError: another rank, size or device, or an index out of
+            range (inside ``torch.compile`` a ``RuntimeError``; on a GPU it is looked for only with
+            ``SPARSIFY_CHECK=1``, and gives NaN, or 0 for integers, otherwise).
 
     Deterministic.
 

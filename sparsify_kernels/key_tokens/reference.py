@@ -6,8 +6,8 @@ Over the n valid scores of one sample, sorted ascending as a, with ``h = q * (n 
     threshold = Q(3/4) + fence * (Q(3/4) - Q(1/4))                                  multiply and add rounded separately
     keys      = the scores >= threshold, at least the best, at most K: the highest, then the lowest index
 
-Source: Diao et al., ACL 2025 (arXiv 2506.01319), adaptive sparse merging; fence 1.5 is Tukey's outlier rule. The quartiles are those of
-``torch.quantile(..., interpolation="linear")``.
+Source: Diao et al., ACL 2025 (arXiv 2506.01319), adaptive sparse merging; fence 1.5 is Tukey's outlier rule. The
+quartiles are those of ``torch.quantile(..., interpolation="linear")``.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from sparsify_kernels._reference import segment_sum, without_autocast
 
 
 def capacity_of(tokens: int, capacity: int | None) -> int:
-    """K: the size of the upper quartile of ``tokens`` distinct scores, ``max(1, N - ceil(0.75 * (N - 1)))``, or a smaller ``capacity``."""
+    """K: the size of the upper quartile of ``tokens`` distinct scores, ``max(1, N - ceil(0.75 * (N - 1)))``, or a
+    smaller ``capacity``."""
     quartile = torch.sym_max(1, tokens - (3 * tokens) // 4)  # ceil(3 (N - 1) / 4) = floor(3 N / 4)
     return quartile if capacity is None else torch.sym_min(quartile, capacity)
 
@@ -63,8 +64,9 @@ def key_tokens(scores: Tensor, valid: Tensor | None, fence: float, capacity: int
 def _quartile(ranked: Tensor, n: Tensor, quarters: int) -> Tensor:
     """The quartile at ``quarters / 4`` of the first n [B, 1] of ``ranked`` [B, N] fp64, which falls; [B, 1].
 
-    The branch at one half is that of ``torch.lerp``; with it the factor is 1/4 or 1/2, the product exact, and a fused multiply-add
-    gives the same bits. An infinite neighbour wins over a finite one, where the formula would give inf - inf.
+    The branch at one half is that of ``torch.lerp``; with it the factor is 1/4 or 1/2, the product exact, and a fused
+    multiply-add gives the same bits. An infinite neighbour wins over a finite one, where the formula would give inf -
+    inf.
     """
     last = (n - 1).clamp(min=0)
     position = last * quarters  # in quarters of a rank
@@ -81,7 +83,8 @@ def _quartile(ranked: Tensor, n: Tensor, quarters: int) -> Tensor:
 def key_tokens_gather(x: Tensor, index: Tensor) -> Tensor:
     """``x`` [B, N, ...] at ``index`` [B, K]: [B, K, ...], zeros at -1.
 
-    Raises ``InvalidValue`` for an index outside [-1, N) where values are checked; elsewhere its rows are NaN (0 for integers).
+    Raises ``InvalidValue`` for an index outside [-1, N) where values are checked; elsewhere its rows are NaN (0 for
+    integers).
     """
     batch, tokens = x.shape[:2]
     bad = (index < -1) | (index >= tokens)

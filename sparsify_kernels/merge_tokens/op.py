@@ -37,30 +37,33 @@ def merge_tokens(
 ) -> MergedTokens:
     """Merge every valid token into the key token most similar to it; nothing is lost.
 
-        assign[i] = argmax_j metric[i] . metric[key[j]]      compared in fp32; a key joins itself; ties to the lower slot
+        assign[i] = argmax_j metric[i] . metric[key[j]]      a key joins itself; ties to the lower slot
         size[j]   = sum_{assign[i] = j} weight[i]
         tokens[j] = sum_{assign[i] = j} weight[i] x[i] / size[j]
 
-    so that ``sum_j size[j] tokens[j] = sum_i weight[i] x[i]``, and merging the result again with ``weight=size`` gives the mean of the originals.
-    tokens and size are 0, and so are the gradients, beyond ``keys.count`` and for a cluster of weight 0.
+    so that ``sum_j size[j] tokens[j] = sum_i weight[i] x[i]``, and merging the result again with ``weight=size``
+    gives the mean of the originals. tokens and size are 0, and so are the gradients, beyond ``keys.count`` and for a
+    cluster of weight 0.
 
     Args:
         x: [B, N, D], fp32, bf16, fp16 or fp64, with any strides; B and N may be 0.
-        metric: [B, N, d], any float dtype: what similarity is measured on. A NaN similarity counts as -inf.
+        metric: [B, N, d], any float dtype: what similarity is measured on; dots are compared in fp32, NaN counts as -inf.
         keys: the key tokens; they must be valid tokens, at least one where a sample has valid tokens.
-        weight: [B, N], any float dtype, finite and >= 0 at valid tokens; default 1. A merged token's weight is its size.
+        weight: [B, N], any float dtype, finite and >= 0 at valid tokens; default 1. A merged token's weight is its
+            size.
         valid: bool [B, N]. What stands at invalid tokens, NaN included, reaches no result and no gradient.
 
     Returns:
         ``MergedTokens(tokens, size, assign)``; tokens and size are differentiable (once) in x and weight.
 
     Raises:
-        TypeError: an argument of another type or dtype. ValueError: another rank, size or device, a bad key or a bad weight (inside ``torch.compile``
-            a ``RuntimeError``; on a GPU they are looked for only with ``SPARSIFY_CHECK=1``: otherwise tokens and size of that sample alone are NaN
-            with gradient 0, and after a bad key its assign is -1).
+        TypeError: an argument of another type or dtype. ValueError: another rank, size or device, a bad key or a bad
+            weight (inside ``torch.compile`` a ``RuntimeError``; on a GPU they are looked for only with
+            ``SPARSIFY_CHECK=1``: otherwise tokens and size of that sample alone are NaN with gradient 0, and after a
+            bad key its assign is -1).
 
-    Deterministic, sums in fp32 (fp64 for fp64); a sample's result does not depend on its batch-mates. After Diao et al., ACL 2025
-    (arXiv 2506.01319), who merge by ``Sim(i, j) = k_i . k_j``.
+    Deterministic, sums in fp32 (fp64 for fp64); a sample's result does not depend on its batch-mates. After Diao et
+    al., ACL 2025 (arXiv 2506.01319), who merge by ``Sim(i, j) = k_i . k_j``.
 
     >>> import torch
     >>> from sparsify_kernels import KeyTokens, merge_tokens

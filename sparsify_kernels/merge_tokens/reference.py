@@ -2,7 +2,7 @@
 
 With the key tokens ``key[0..count)`` of a sample, over its valid tokens i and live slots j::
 
-    assign[i]  = argmax_j metric[i] . metric[key[j]]         compared in fp32; a key joins itself; ties to the lower slot
+    assign[i]  = argmax_j metric[i] . metric[key[j]]         in fp32; a key joins itself; ties to the lower slot
     size[j]    = sum_{i: assign[i] = j} w[i]
     tokens[j]  = sum_{i: assign[i] = j} w[i] x[i] / size[j]   0 where size[j] = 0
 
@@ -11,8 +11,8 @@ Backward, from the gradients gT of tokens and gS of size, with j = assign[i] (0 
     dx[i]      = w[i] / size[j] * gT[j]
     dw[i]      = (x[i] - tokens[j]) . gT[j] / size[j] + gS[j]
 
-Source: Diao et al., ACL 2025 (arXiv 2506.01319), adaptive sparse merging. This form holds the N x K similarity of one sample at a time; samples are
-computed one by one so that a sample's bits do not depend on its batch-mates.
+Source: Diao et al., ACL 2025 (arXiv 2506.01319), adaptive sparse merging. This form holds the N x K similarity of one
+sample at a time; samples are computed one by one so that a sample's bits do not depend on its batch-mates.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def merge_tokens(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Returns ``(tokens, size, assign)``; arguments as in the public function, ``weight`` in the accumulation dtype.
 
-    Raises ``InvalidValue`` for a bad key or weight where values are checked. Elsewhere tokens and size of that sample are NaN, and after a bad
-    key its assign is -1.
+    Raises ``InvalidValue`` for a bad key or weight where values are checked. Elsewhere tokens and size of that sample
+    are NaN, and after a bad key its assign is -1.
     """
     batch, tokens, dim = x.shape
     slots = index.shape[1]
@@ -72,7 +72,8 @@ def merge_tokens_backward(
 ) -> tuple[Tensor, Tensor]:
     """Returns ``(dx, dweight)`` in the dtypes of x and size; one not ``wanted`` is an empty tensor [0].
 
-    ``x`` is needed for dweight alone, and None otherwise: a step that learns no weights need not keep it. ``tokens``, ``size`` and ``assign`` are the forward's. A sample whose tokens are NaN (see the forward) gets gradient 0.
+    ``x`` is needed for dweight alone, and None otherwise: a step that learns no weights need not keep it. ``tokens``,
+    ``size`` and ``assign`` are the forward's. A sample whose tokens are NaN (see the forward) gets gradient 0.
     """
     batch, length = assign.shape
     dim = tokens.shape[2]

@@ -14,9 +14,10 @@ A new kernel ``mine`` with the signature of a public function is tested by swapp
             truth=testing.attention_scores_oracle(**inputs).received,
         )
 
-- *Oracles* (``*_oracle``) are plain Python loops over fp64 numbers, independent of everything else here; slow, for small shapes.
-- *Eager* (``*_eager``) is what one writes with ordinary PyTorch operations at the dtype of the inputs: the baseline whose error ours may exceed by
-  a factor of two, and with fp64 inputs the truth for gradients.
+- *Oracles* (``*_oracle``) are plain Python loops over fp64 numbers, independent of everything else here; slow, for
+  small shapes.
+- *Eager* (``*_eager``) is what one writes with ordinary PyTorch operations at the dtype of the inputs: the baseline
+  whose error ours may exceed by a factor of two, and with fp64 inputs the truth for gradients.
 - ``assert_accurate`` is that tolerance; no test sets one by hand.
 """
 

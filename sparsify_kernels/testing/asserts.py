@@ -60,8 +60,11 @@ def assert_alone(function: Callable[..., Any], inputs: dict[str, Any], what: str
         assert_same(alone, _sample(together, b), f"{what} of sample {b}")
 
 
-def assert_assignment(assign: Tensor, metric: Tensor, index: Tensor, count: Tensor, valid: Tensor | None = None) -> None:
-    """Every valid token joined a key as similar as its most similar one, to within the rounding of fp32; a key joined itself.
+def assert_assignment(
+    assign: Tensor, metric: Tensor, index: Tensor, count: Tensor, valid: Tensor | None = None
+) -> None:
+    """Every valid token joined a key as similar as its most similar one, to within the rounding of fp32; a key joined
+    itself.
 
     For metrics whose dot products are not exact, where two correct backends may break a near-tie differently.
     """
@@ -93,7 +96,8 @@ def assert_assignment(assign: Tensor, metric: Tensor, index: Tensor, count: Tens
 def assert_compiles(
     function: Callable[..., Any], *args: Any, dynamic: bool | None = None, backend: str = "inductor", **kwargs: Any
 ) -> None:
-    """``torch.compile(fullgraph=True)`` gives what eager gives, bit for bit: results, and the gradients of every tensor that requires one.
+    """``torch.compile(fullgraph=True)`` gives what eager gives, bit for bit: results, and the gradients of every
+    tensor that requires one.
 
     A graph break raises. Results that are floats and require a gradient are summed, squared, into the loss.
     """

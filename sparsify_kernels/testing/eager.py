@@ -1,6 +1,7 @@
 """The ops as one would write them with ordinary PyTorch operations, at the dtype of the inputs.
 
-They are baselines: for errors (``assert_accurate``), for time, and with fp64 inputs the truth for gradients, which autograd derives here.
+They are baselines: for errors (``assert_accurate``), for time, and with fp64 inputs the truth for gradients, which
+autograd derives here.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ def attention_scores_eager(
     query_valid: Tensor | None = None,
     key_valid: Tensor | None = None,
 ) -> AttentionScores:
-    """``attention_scores`` with a dense softmax, every step in q's dtype. Invalid positions are zeroed first, then masked."""
+    """``attention_scores`` with a dense softmax, every step in q's dtype. Invalid positions are zeroed first, then
+    masked."""
     if query_valid is not None:
         q = q.masked_fill(~query_valid[:, None, :, None], 0)
     if key_valid is not None:
@@ -48,8 +50,9 @@ def attention_scores_eager(
 
 
 def merge_tokens_eager(x: Tensor, assign: Tensor, slots: int, weight: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """``tokens`` and ``size`` of ``merge_tokens`` for a given assignment, with a flat ``index_add`` in x's dtype (the fastest of the eager forms)."""
-    batch, tokens, dim = x.shape
+    """``tokens`` and ``size`` of ``merge_tokens`` for a given assignment, with a flat ``index_add`` in x's dtype (the
+    fastest of the eager forms)."""
+    batch, _, dim = x.shape
     inside = assign >= 0
     weight = torch.ones_like(x[..., 0]) if weight is None else weight.to(x.dtype)
     weight = weight.masked_fill(~inside, 0)

@@ -1,4 +1,5 @@
-"""Inputs for the ops: seeded, in any dtype, with invalid positions that hold NaN, in layouts that are not contiguous."""
+"""Inputs for the ops: seeded, in any dtype, with invalid positions that hold NaN, in layouts that are not
+contiguous."""
 
 from __future__ import annotations
 
@@ -28,7 +29,8 @@ def attention_inputs(
     layout: str = "contiguous",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Keyword arguments of ``attention_scores``; with ``valid``, the first sample has no valid key and the second no valid query.
+    """Keyword arguments of ``attention_scores``; with ``valid``, the first sample has no valid key and the second no
+    valid query.
 
     ``poison`` puts NaN at invalid positions. v is None where ``shape.value_dim`` is 0.
     """
@@ -38,11 +40,9 @@ def attention_inputs(
     k = torch.randn((batch, heads, keys, dim), generator=g, dtype=torch.float64)
     v = torch.randn((batch, heads, keys, value_dim), generator=g, dtype=torch.float64) if value_dim else None
     key_bias = torch.randn((batch, keys), generator=g, dtype=torch.float64) if bias else None
-    query_valid = key_valid = None
-    if valid:
-        query_valid = _some_valid((batch, queries), g, none=1)
-        key_valid = _some_valid((batch, keys), g, none=0)
-    if poison and valid:
+    query_valid = _some_valid((batch, queries), g, none=1) if valid else None
+    key_valid = _some_valid((batch, keys), g, none=0) if valid else None
+    if poison and query_valid is not None and key_valid is not None:
         q[~query_valid[:, None, :].expand(batch, heads, queries)] = torch.nan
         for t in (k, v):
             if t is not None:
@@ -75,17 +75,16 @@ def score_inputs(
     layout: str = "contiguous",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """``scores`` and ``valid`` of ``key_tokens``. Kinds: ``distinct``; ``ties`` (a few values); ``equal``; ``step`` (all equal but one, a rounding
-    step above); ``outlier`` (one far above); ``sorted`` (rising); ``wide`` (magnitudes from 1e-30 to 1e30, fewer in fp16).
+    """``scores`` and ``valid`` of ``key_tokens``. Kinds: ``distinct``; ``ties`` (a few values); ``equal``; ``step``
+    (all equal but one, a rounding step above); ``outlier`` (one far above); ``sorted`` (rising); ``wide`` (magnitudes
+    from 1e-30 to 1e30, fewer in fp16).
     """
     g = torch.Generator().manual_seed(seed)
     batch, tokens = shape
     scores = torch.rand((batch, tokens), generator=g, dtype=torch.float64)
     if kind == "ties":
         scores = (scores * 4).floor() / 4
-    elif kind == "equal":
-        scores = torch.full_like(scores, 0.3)
-    elif kind == "step":
+    elif kind in ("equal", "step"):
         scores = torch.full_like(scores, 0.3)
     elif kind == "outlier":
         scores[:, tokens // 2 : tokens // 2 + 1] = 50.0
@@ -121,9 +120,11 @@ def merge_inputs(
     layout: str = "contiguous",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Arguments of ``merge_tokens``; with ``valid``, the second sample has no valid token; with ``weight``, some weights are 0.
+    """Arguments of ``merge_tokens``; with ``valid``, the second sample has no valid token; with ``weight``, some
+    weights are 0.
 
-    ``exact``: the metric holds small integers, so that every dtype and backend computes the same dot products, with many ties.
+    ``exact``: the metric holds small integers, so that every dtype and backend computes the same dot products, with
+    many ties.
     """
     g = torch.Generator().manual_seed(seed)
     batch, tokens, slots, dim, metric_dim = shape
@@ -166,8 +167,8 @@ def merge_keys(valid: Tensor, slots: int, generator: torch.Generator) -> KeyToke
 
 
 def relayout(x: Tensor, layout: str) -> Tensor:
-    """The same values in another memory layout: ``permuted`` (axes in reverse), ``strided`` (every second element) or ``offset`` (inside a larger
-    buffer, not at its start).
+    """The same values in another memory layout: ``permuted`` (axes in reverse), ``strided`` (every second element) or
+    ``offset`` (inside a larger buffer, not at its start).
     """
     if layout == "contiguous":
         return x.contiguous()
@@ -184,7 +185,8 @@ def relayout(x: Tensor, layout: str) -> Tensor:
 
 
 def _some_valid(size: tuple[int, int], generator: torch.Generator, none: int) -> Tensor:
-    """bool [B, L], about two thirds True; nothing in sample ``none``, only the last position in the sample after the next."""
+    """bool [B, L], about two thirds True; nothing in sample ``none``, only the last position in the sample after the
+    next."""
     mask = torch.rand(size, generator=generator) < 0.67
     mask[none : none + 1] = False
     mask[none + 2 : none + 3] = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,20 +16,22 @@ MARGIN = 64  # elements on either side
 
 @contextlib.contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Inside, ``torch.empty`` and its kin, in C++ too, hand out NaN (the largest value for integers, True for bool): what a kernel forgets to write shows.
+    """Inside, ``torch.empty`` and its kin, in C++ too, hand out NaN (the largest value for integers, True for bool):
+    what a kernel forgets to write shows.
 
     PyTorch does this with deterministic algorithms on, so they are on as well; both are as before afterwards.
     """
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch.utils.deterministic.fill_uninitialized_memory
+    settings: Any = torch.utils.deterministic
+    fill = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
+    settings.fill_uninitialized_memory = True
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(before, warn_only=warn_only)
-        torch.utils.deterministic.fill_uninitialized_memory = fill
+        settings.fill_uninitialized_memory = fill
 
 
 class Guarded(NamedTuple):
@@ -50,7 +52,8 @@ class Guarded(NamedTuple):
 def guarded(x: Tensor) -> Guarded:
     """A contiguous copy of ``x`` with sentinels (NaN; -77 or 77 for integers) on both sides.
 
-    As an input it shows reads out of bounds (NaN in the result), as an output buffer writes out of bounds (``check()``).
+    As an input it shows reads out of bounds (NaN in the result), as an output buffer writes out of bounds
+    (``check()``).
     """
     buffer = torch.full((x.numel() + 2 * MARGIN,), _sentinel(x.dtype), dtype=x.dtype, device=x.device)
     inside = buffer[MARGIN : MARGIN + x.numel()].view(x.shape)

@@ -1,4 +1,5 @@
-"""What the ops mean, in plain Python loops over fp64 numbers. Independent of the implementations; slow, for small shapes.
+"""What the ops mean, in plain Python loops over fp64 numbers. Independent of the implementations; slow, for small
+shapes.
 
 Each has the signature and the result of the public function, in fp64, so that a test is a swap.
 """
@@ -109,7 +110,8 @@ def merge_tokens_oracle(
     weight: Tensor | None = None,
     valid: Tensor | None = None,
 ) -> MergedTokens:
-    """``merge_tokens`` one token at a time; similarities are rounded to fp32 before they are compared. Valid keys and weights only."""
+    """``merge_tokens`` one token at a time; similarities are rounded to fp32 before they are compared. Valid keys and
+    weights only."""
     batch, tokens, dim = x.shape
     slots = keys.index.shape[1]
     merged = torch.zeros((batch, slots, dim), dtype=torch.float64)

@@ -27,7 +27,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 SMALL = AttentionShape(3, 2, 5, 7, 4, 6)
 LOG3 = math.log(3.0)
 
-# One head, scale 1, queries (1, 0), keys (0, log 3), values (4, 8): the rows of the softmax are (1/4, 3/4) and (1/2, 1/2).
+# One head, scale 1, queries (1, 0), keys (0, log 3), values (4, 8): rows of the softmax (1/4, 3/4) and (1/2, 1/2).
 TABLE = [
     # name, key_bias, query_valid, key_valid, received, output
     ("plain", None, None, None, (3 / 8, 5 / 8), (7, 6)),
@@ -139,7 +139,9 @@ def test_gradients_as_accurate_as_the_oracle_asks(dtype: torch.dtype, valid: boo
 def test_nan_at_invalid_positions_reaches_no_result_and_no_gradient(dtype: torch.dtype) -> None:
     clean = attention_inputs(SMALL, dtype, bias=True, valid=True)
     poisoned = attention_inputs(SMALL, dtype, bias=True, valid=True, poison=True)
-    assert poisoned["q"].isnan().any() and poisoned["k"].isnan().any() and poisoned["key_bias"].isnan().any()
+    assert poisoned["q"].isnan().any()
+    assert poisoned["k"].isnan().any()
+    assert poisoned["key_bias"].isnan().any()
     assert_same(attention_scores(**poisoned), attention_scores(**clean))
     expected = gradients(attention_scores, clean)
     for name, grad in gradients(attention_scores, poisoned).items():
@@ -161,8 +163,10 @@ def test_nan_at_a_valid_position_shows_in_its_sample_alone() -> None:
     inputs = attention_inputs(SMALL)
     inputs["q"][1, 0, 2, 0] = torch.nan
     received, output = attention_scores(**inputs)
-    assert received[1].isnan().all() and output[1, 0, 2].isnan().all()
-    assert received[[0, 2]].isfinite().all() and output[[0, 2]].isfinite().all()
+    assert received[1].isnan().all()
+    assert output[1, 0, 2].isnan().all()
+    assert received[[0, 2]].isfinite().all()
+    assert output[[0, 2]].isfinite().all()
 
 
 @pytest.mark.parametrize("shape", [SMALL, AttentionShape(4, 1, 1, 9, 8, 3), AttentionShape(3, 1, 65, 1, 8, 3)], ids=str)

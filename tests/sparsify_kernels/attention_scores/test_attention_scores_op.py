@@ -1,5 +1,7 @@
 """attention_scores as an operator: gradcheck, opcheck, compile, autocast, fake tensors, error messages."""
 
+# ruff: noqa: E501 - a table has one case a line
+
 from __future__ import annotations
 
 from typing import Any
@@ -166,7 +168,9 @@ ERRORS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("error", "changes", "message"), ERRORS, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("error", "changes", "message"), ERRORS, ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_errors_name_the_argument(error: type[Exception], changes: dict[str, Any], message: str) -> None:
     with pytest.raises(error) as caught:
         attention_scores(**tensors(**changes))

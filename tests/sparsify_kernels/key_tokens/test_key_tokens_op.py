@@ -1,5 +1,7 @@
 """key_tokens and gather_tokens as operators: gradcheck, opcheck, compile, fake tensors, error messages."""
 
+# ruff: noqa: E501 - a table has one case a line
+
 from __future__ import annotations
 
 import math
@@ -53,7 +55,9 @@ def test_gradcheck_gather() -> None:
 
 @pytest.mark.parametrize(("dynamic", "backend"), [(False, "inductor"), (True, "aot_eager")])
 def test_compiles_without_graph_breaks(dynamic: bool, backend: str) -> None:
-    def both(scores: torch.Tensor, valid: torch.Tensor, x: torch.Tensor) -> tuple[KeyTokens, torch.Tensor, torch.Tensor]:
+    def both(
+        scores: torch.Tensor, valid: torch.Tensor, x: torch.Tensor
+    ) -> tuple[KeyTokens, torch.Tensor, torch.Tensor]:
         keys = key_tokens(scores, fence=1.5, capacity=4, valid=valid)
         return keys, keys.valid, gather_tokens(x, keys.index)
 
@@ -93,7 +97,9 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize(("error", "changes", "message"), ERRORS, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("error", "changes", "message"), ERRORS, ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_errors_name_the_argument(error: type[Exception], changes: dict[str, Any], message: str) -> None:
     with pytest.raises(error) as caught:
         key_tokens(**inputs(**changes))
@@ -112,7 +118,9 @@ GATHER_ERRORS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("error", "x", "index", "message"), GATHER_ERRORS, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("error", "x", "index", "message"), GATHER_ERRORS, ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_gather_errors_name_the_argument(error: type[Exception], x: Any, index: Any, message: str) -> None:
     with pytest.raises(error) as caught:
         gather_tokens(x, index)

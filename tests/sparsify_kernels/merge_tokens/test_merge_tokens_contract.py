@@ -1,5 +1,7 @@
 """merge_tokens: every sentence of its contract, as literal tables and against the oracle."""
 
+# ruff: noqa: E501 - a table has one case a line
+
 from __future__ import annotations
 
 import math
@@ -135,13 +137,17 @@ def test_the_result_is_smaller_than_the_input() -> None:
 def test_similarities_are_compared_in_fp32() -> None:
     # 1 + 2^-30 and 1 are the same number in fp32: a tie, which the lower slot wins. In fp64 slot 1 would be more similar.
     metric = torch.tensor([[[1.0], [1.0], [1.0 + 2.0**-30]]], dtype=torch.float64)
-    assert merge_tokens(metric, metric, KeyTokens(torch.tensor([[0, 2]]), torch.tensor([2]))).assign.tolist() == [[0, 0, 1]]
+    assert merge_tokens(metric, metric, KeyTokens(torch.tensor([[0, 2]]), torch.tensor([2]))).assign.tolist() == [
+        [0, 0, 1]
+    ]
 
 
 def test_bf16_metrics_are_compared_in_fp32() -> None:
     # 256 and 257 are the same number in bf16, their dot products are not rounded to it.
     metric = torch.tensor([[[16.0, 0], [16.0, 1], [16.0, 1]]], dtype=torch.bfloat16)
-    assert merge_tokens(metric, metric, KeyTokens(torch.tensor([[0, 1]]), torch.tensor([2]))).assign.tolist() == [[0, 1, 1]]
+    assert merge_tokens(metric, metric, KeyTokens(torch.tensor([[0, 1]]), torch.tensor([2]))).assign.tolist() == [
+        [0, 1, 1]
+    ]
 
 
 def test_sums_are_fp32_for_half_precision() -> None:
@@ -157,7 +163,9 @@ def test_sums_are_fp32_for_half_precision() -> None:
 def test_nan_at_invalid_tokens_reaches_no_result_and_no_gradient(dtype: torch.dtype) -> None:
     clean = merge_inputs(SMALL, dtype, weight=True, valid=True)
     poisoned = merge_inputs(SMALL, dtype, weight=True, valid=True, poison=True)
-    assert poisoned["x"].isnan().any() and poisoned["metric"].isnan().any() and poisoned["weight"].isinf().any()
+    assert poisoned["x"].isnan().any()
+    assert poisoned["metric"].isnan().any()
+    assert poisoned["weight"].isinf().any()
     assert_same(merge_tokens(**poisoned), merge_tokens(**clean))
     assert_same(gradients(poisoned), gradients(clean))
 
@@ -166,7 +174,9 @@ def test_nan_in_gradients_of_empty_slots_reaches_no_gradient() -> None:
     x = torch.randn(1, 4, 2, requires_grad=True)
     weight = torch.tensor([[1.0, 1, 0, 0]], requires_grad=True)
     metric = torch.tensor([[[1.0, 0], [1, 0], [0, 1], [0, 1]]])
-    keys = KeyTokens(torch.tensor([[0, 2, -1]]), torch.tensor([2]))  # the second cluster has weight 0, the third slot no key
+    keys = KeyTokens(
+        torch.tensor([[0, 2, -1]]), torch.tensor([2])
+    )  # the second cluster has weight 0, the third slot no key
     tokens, size, _ = merge_tokens(x, metric, keys, weight=weight)
     grad_tokens = torch.tensor([1.0, NAN, NAN])[None, :, None].expand_as(tokens)
     dx, dw = torch.autograd.grad((tokens, size), (x, weight), (grad_tokens, torch.tensor([[1.0, NAN, NAN]])))
@@ -222,7 +232,9 @@ UNCHECKED = [
 
 
 @pytest.mark.parametrize("case", UNCHECKED, ids=lambda case: case[0])
-def test_unchecked_bad_values_give_nan_in_their_sample_alone(case: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unchecked_bad_values_give_nan_in_their_sample_alone(
+    case: tuple[Any, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, index, count, weight, valid, kept = case
     x = torch.randn(3, 3, 2)
     metric = torch.tensor([[1.0], [1.0], [-1.0]]).expand(3, 3, 1)
@@ -235,7 +247,7 @@ def test_unchecked_bad_values_give_nan_in_their_sample_alone(case: tuple[Any, ..
         args["weight"][1] = torch.tensor(weight)
     if valid is not None:
         args["valid"][1] = torch.tensor(valid)
-    with pytest.raises(ValueError, match="^merge_tokens: "):
+    with pytest.raises(ValueError, match=r"^merge_tokens: "):
         merge_tokens(x, metric, good_keys, **args)
     monkeypatch.setattr(reference, "check_values", lambda device: False)
     x.requires_grad_()
@@ -247,8 +259,11 @@ def test_unchecked_bad_values_give_nan_in_their_sample_alone(case: tuple[Any, ..
     for ours, expected in zip(got, want, strict=True):
         assert_same(ours.detach()[[0, 2]], expected[[0, 2]])
     dx, dw = torch.autograd.grad(got.tokens.sum() + got.size.sum(), (x, args["weight"]))
-    assert dx[1].eq(0).all() and dw[1].eq(0).all()
-    assert dx[[0, 2]].ne(0).all() and dx.isfinite().all() and dw.isfinite().all()
+    assert dx[1].eq(0).all()
+    assert dw[1].eq(0).all()
+    assert dx[[0, 2]].ne(0).all()
+    assert dx.isfinite().all()
+    assert dw.isfinite().all()
 
 
 def gradients(inputs: dict[str, Any]) -> tuple[Tensor, ...]:

@@ -1,5 +1,7 @@
 """merge_tokens as an operator: gradcheck, opcheck, compile, autocast, fake tensors, error messages."""
 
+# ruff: noqa: E501 - a table has one case a line
+
 from __future__ import annotations
 
 import math
@@ -123,7 +125,15 @@ def test_compiles_without_graph_breaks(dynamic: bool, backend: str) -> None:
     inputs["x"].requires_grad_()
     inputs["weight"].requires_grad_()
     assert_compiles(merge_tokens, **inputs, dynamic=dynamic, backend=backend)
-    assert_compiles(merge_tokens, inputs["x"], inputs["metric"], inputs["keys"], valid=inputs["valid"], dynamic=dynamic, backend=backend)
+    assert_compiles(
+        merge_tokens,
+        inputs["x"],
+        inputs["metric"],
+        inputs["keys"],
+        valid=inputs["valid"],
+        dynamic=dynamic,
+        backend=backend,
+    )
 
 
 def test_autocast_changes_nothing() -> None:
@@ -175,7 +185,9 @@ ERRORS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize(("error", "changes", "message"), ERRORS, ids=lambda value: value if isinstance(value, str) else "")
+@pytest.mark.parametrize(
+    ("error", "changes", "message"), ERRORS, ids=lambda value: value if isinstance(value, str) else ""
+)
 def test_errors_name_the_argument(error: type[Exception], changes: dict[str, Any], message: str) -> None:
     with pytest.raises(error) as caught:
         merge_tokens(**arguments(**changes))
@@ -184,7 +196,9 @@ def test_errors_name_the_argument(error: type[Exception], changes: dict[str, Any
 
 def test_value_errors_compiled() -> None:
     compiled = torch.compile(merge_tokens, fullgraph=True)
-    with pytest.raises(RuntimeError, match=r"^merge_tokens: keys.index must be in \[0, 5\) below keys.count, got 5 at \[1, 1\]$"):
+    with pytest.raises(
+        RuntimeError, match=r"^merge_tokens: keys.index must be in \[0, 5\) below keys.count, got 5 at \[1, 1\]$"
+    ):
         compiled(**arguments(keys=keys_of([[0, 3], [1, 5]], [2, 2])))
 
 
