@@ -120,18 +120,18 @@ def _print(result: AskResult, args: argparse.Namespace) -> None:
     if not bool(result.clip.has_audio):
         print("no sound: the model heard silence")
     for answer in result.answers:
-        _print_answer(answer)
+        print_answer(answer, "━" if _prints("━") else "#")
     if args.explain is not None:
         print(f"\npicture: {args.explain}")
 
 
-def _print_answer(answer: Answer) -> None:
+def print_answer(answer: Answer, mark: str) -> None:
+    """The question and its likeliest answers, each with its probability and a bar of ``mark``."""
     print(f"\n{answer.question}")
     if answer.unknown:
         print(f"  (not known to the model: {', '.join(answer.unknown)})")
-    full = "━" if _prints("━") else "#"
     for text, probability in answer.ranked[:SHOWN]:
-        print(f"  {text:<16}{probability:>6.1%}  {full * round(probability * BAR)}".rstrip())
+        print(f"  {text:<16}{probability:>6.1%}  {mark * round(probability * BAR)}".rstrip())
 
 
 def _prints(character: str) -> bool:

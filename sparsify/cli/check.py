@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -57,20 +56,12 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from sparsify.cli._progress import counting_bar
     from sparsify.data.check import check_root
-    from sparsify.progress import Advance, progress_bar
 
     check_writable(args.json, "--json")
-    with contextlib.ExitStack() as stack:
-        advance: Advance | None = None
-
-        def progress(done: int, total: int) -> None:
-            nonlocal advance
-            if advance is None:  # only now is the number of videos known
-                advance = stack.enter_context(progress_bar("check", total))
-            advance()
-
-        report = check_root(args.root, media=not args.no_media, progress=progress, workers=args.workers)
+    with counting_bar("check") as progress:
+        report = check_root(args.root, media=not args.no_media, progress=progress, workers=args.workers or None)
     if args.json is not None:
         write_json(args.json, report.to_dict(), "--json")
     print(report.text())

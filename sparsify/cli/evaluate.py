@@ -102,7 +102,8 @@ def _print(result: Any, split: Any) -> None:
     lacking = {"both": "", "blind": ", no picture", "deaf": ", no sound", "textonly": ", neither picture nor sound"}
     print(f"the model saw {seen}{lacking[result.inputs]}\n")
     print(result.scores.table())
-    print(f"\n{result.counts()}")
+    if result.skipped:
+        print(f"\n{result.counts()}")
     for video, reason in list(result.skipped.items())[:5]:
         print(f"  skipped {video}: {reason}")
     if len(result.skipped) > 5:

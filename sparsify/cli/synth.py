@@ -38,9 +38,9 @@ def add(commands: Any) -> None:
     size.add_argument("--val", metavar="CLIPS", type=count, default=200, help="validation clips")
     size.add_argument("--test", metavar="CLIPS", type=count, default=400, help="test clips")
     clip = parser.add_argument_group("clips")
-    clip.add_argument("--seconds", metavar="SECONDS", type=positive, default=4.0, help="length of a clip")
-    clip.add_argument("--size", metavar="PIXELS", type=count, default=128, help="width and height, even")
-    clip.add_argument("--fps", metavar="FPS", type=count, default=8, help="frames per second")
+    clip.add_argument("--seconds", metavar="SECONDS", type=positive, default=4.0, help="length of a clip: 3 to 600")
+    clip.add_argument("--size", metavar="PIXELS", type=count, default=128, help="width and height: even, 32 to 2048")
+    clip.add_argument("--fps", metavar="FPS", type=count, default=8, help="frames per second: 1 to 60")
     clip.add_argument("--seed", metavar="SEED", type=seed, default=0, help="decides everything that is drawn")
     parser.add_argument("--workers", metavar="N", type=count, help="rendering processes (default: one a core)")
     standins = parser.add_argument_group("stand-ins for a real data set")
@@ -55,49 +55,23 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.size < 16 or args.size % 2:
-        raise UsageError(f"--size {args.size}: expected an even number of pixels of at least 16")
-    if not 1 <= args.fps <= 60:
-        raise UsageError(f"--fps {args.fps}: expected 1 to 60 frames per second")
     if args.videos is not None and args.standins is None:
         raise UsageError("--videos is for --standins FILE; for a data set of its own give --train, --val and --test")
-    if args.root.exists() and not args.root.is_dir():
-        raise UsageError(f"ROOT {args.root} is a file; expected a folder")
+    from sparsify import synth
+    from sparsify.cli._progress import counting_bar
+
+    look = {name: getattr(args, name) for name in ("seed", "seconds", "size", "fps")}
+    with counting_bar("render") as progress:
+        options = look | {"workers": args.workers or None, "progress": progress}
+        if args.standins is not None:
+            ids = synth.write_standins(
+                args.root, args.standins, videos=200 if args.videos is None else args.videos, **options
+            )
+        else:
+            synth.write(args.root, train=args.train, val=args.val, test=args.test, **options)
     if args.standins is not None:
-        return _standins(args)
-    return _data_set(args)
-
-
-def _data_set(args: argparse.Namespace) -> int:
-    clips = args.train + args.val + args.test
-    if not clips:
-        raise UsageError("--train, --val and --test are all 0: there is nothing to render")
-    from sparsify import synth
-    from sparsify.progress import progress_bar
-
-    with progress_bar("render", clips) as advance:
-        synth.write(
-            args.root,
-            train=args.train,
-            val=args.val,
-            test=args.test,
-            seed=args.seed,
-            seconds=args.seconds,
-            size=args.size,
-            fps=args.fps,
-            workers=args.workers,
-            progress=advance,
-        )
-    print(f"{clips:,} clips in {args.root}; train with: sparsify train {args.root} --output runs/demo")
-    return 0
-
-
-def _standins(args: argparse.Namespace) -> int:
-    from sparsify import synth
-    from sparsify.progress import progress_bar
-
-    videos = 200 if args.videos is None else args.videos
-    with progress_bar("render", videos) as advance:
-        synth.write_standins(args.root, args.standins, videos=videos, progress=advance)
-    print(f"stand-in clips in {args.root}/videos for the first {videos:,} videos of {args.standins}")
+        print(f"stand-in clips in {args.root / 'videos'} for the first {len(ids):,} videos of {args.standins}")
+    else:
+        clips = args.train + args.val + args.test
+        print(f"{clips:,} clips in {args.root}; train with: sparsify train {args.root} --output runs/demo")
     return 0

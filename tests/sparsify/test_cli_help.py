@@ -72,8 +72,9 @@ def test_every_option_with_a_default_shows_it(
     text = " ".join(_help(["synth"], capsys, monkeypatch).split())
     for shown in (
         "training clips (default: 2000)",
-        "length of a clip (default: 4.0)",
-        "frames per second (default: 8)",
+        "3 to 600 (default: 4.0)",
+        "1 to 60 (default: 8)",
+        "is drawn (default: 0)",
     ):
         assert shown in text
 
