@@ -1,7 +1,8 @@
 """The configuration: one frozen dataclass, two presets, saved as JSON in every checkpoint.
 
-``Config.preset("demo")`` trains on a CPU in minutes with small instances of the same classes; ``Config.preset("paper")`` is the
-setting of Diao et al., ACL 2025 (arXiv 2506.01319); ``adaptive`` is ``paper`` with Tukey's outlier fence for the key tokens.
+``Config.preset("demo")`` trains on a CPU in minutes with small instances of the same classes;
+``Config.preset("paper")`` is the setting of Diao et al., ACL 2025 (arXiv 2506.01319); ``adaptive`` is ``paper`` with
+Tukey's outlier fence for the key tokens.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ __all__ = [
 ]
 
 CONFIG_VERSION = 1
+_INPUTS = ("both", "blind", "deaf", "textonly")
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,7 @@ class ClipConfig:
 
 @dataclass(frozen=True)
 class VisionConfig:
-    """Swin-V2 over frames. ``weights`` (a timm name or a local path) overrides nothing: its geometry must be this one."""
+    """Swin-V2 over frames. ``weights`` (a timm name or a local path) overrides nothing: it must have this geometry."""
 
     weights: str | None = None
     image_size: int = 256  # pixels
@@ -58,7 +60,7 @@ class VisionConfig:
     embed_dim: int = 96
     depths: tuple[int, ...] = (2, 2, 6, 2)
     heads: tuple[int, ...] = (3, 6, 12, 24)
-    pretrained_windows: tuple[int, ...] = ()  # tokens, a number a stage, where ``weights`` were trained with other windows
+    pretrained_windows: tuple[int, ...] = ()  # tokens, one a stage, where ``weights`` had other windows
     unit: int = 32  # pixels: side of a mask unit
 
     @property
@@ -117,8 +119,8 @@ class MaskConfig:
     """Sparse masking (paper, section 3.2): which epochs train on a random part of the input."""
 
     keep: float = 0.5
-    stratified: bool = True  # the same number in every 2x2 units, for the ratios 1/4, 1/2 and 3/4; other ratios are drawn freely
-    epochs: tuple[int, int | None] = (0, 3)  # a Python slice of the epochs: (0, 3) the first three, (0, -1) all but the last
+    stratified: bool = True  # the same number in every 2x2 units, where keep is 1/4, 1/2 or 3/4; else drawn freely
+    epochs: tuple[int, int | None] = (0, 3)  # a Python slice: (0, 3) the first three, (0, -1) all but the last
     schedule: tuple[float, ...] = ()  # keep ratio of each epoch (the last one goes on); replaces keep and epochs
     eval: bool = False  # evaluate masked, too
 
@@ -197,10 +199,10 @@ class Config:
 
     def replace(self, **changes: Any) -> Config:
         """A copy with dotted keys changed: ``config.replace(**{"train.lr": 3e-4, "dense": True})``."""
-        data = self.to_dict()
+        data = dataclasses.asdict(self)
         for key, value in changes.items():
             *parents, leaf = key.split(".")
-            node = data
+            node: Any = data
             for parent in parents:
                 node = node.get(parent) if isinstance(node, dict) else None
             if not isinstance(node, dict) or leaf not in node or isinstance(node[leaf], dict):
@@ -208,7 +210,7 @@ class Config:
                 hint = f"; did you mean {' or '.join(near)}?" if near else ""
                 raise ConfigError(f"config: no key {key!r}{hint} (`sparsify info --preset demo` lists the keys)")
             node[leaf] = value
-        return Config.from_dict(data)
+        return Config.from_dict(data | {"version": CONFIG_VERSION})
 
     def with_options(self, options: list[str]) -> Config:
         """A copy changed by ``KEY=VALUE`` strings; values are JSON, else taken as text."""
@@ -283,7 +285,7 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
         return tuple(_coerce(a, v, where) for a, v in zip(args, value, strict=True))
     if hint is float and isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
         return float(value)
-    if isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
+    if hint is not float and isinstance(value, hint) and not (isinstance(value, bool) and hint is not bool):
         return value
     raise ConfigError(f"{where}: expected {hint.__name__}, got {value!r}")
 
@@ -293,32 +295,88 @@ def _require(ok: bool, key: str, expected: str, value: object) -> None:
         raise ConfigError(f"config.{key}: expected {expected}, got {value!r}")
 
 
+# Everything that counts something of which there must be at least one.
+_AT_LEAST_ONE = {
+    "clip": ("frames", "segments", "sample_rate", "fft", "hop"),
+    "vision": ("image_size", "patch_size", "window_size", "embed_dim", "depths", "heads", "unit"),
+    "audio": ("spec_size", "mel_bins", "patch_size", "window_size", "embed_dim", "depths", "heads", "unit"),
+    "text": ("dim", "layers", "heads", "max_words"),
+    "merge": ("heads",),
+    "fusion": ("dim", "heads", "adapter_latents", "adapter_dim", "layers"),
+    "train": ("epochs", "videos"),
+}
+_NOT_NEGATIVE = {
+    "merge": ("fence",),
+    "fusion": ("mixer_layers",),
+    "train": ("lr", "encoder_lr", "weight_decay", "clip_norm", "seed", "workers"),
+}
+_BELOW_ONE = {"text": ("dropout",), "fusion": ("dropout",), "train": ("warmup", "label_smoothing")}
+
+
 def _validate(config: Config) -> None:
-    c, v, a, m, t = config.clip, config.vision, config.audio, config.mask, config.train
-    for key in ("frames", "segments", "sample_rate", "fft", "hop"):
-        _require(getattr(c, key) >= 1, f"clip.{key}", "at least 1", getattr(c, key))
-    _require(c.segment_seconds > 0, "clip.segment_seconds", "a positive number of seconds", c.segment_seconds)
-    for name, enc, size in (("vision", v, v.image_size), ("audio", a, a.spec_size)):
-        stage0 = enc.patch_size * enc.window_size
-        halvings = enc.patch_size * 2 ** (len(enc.depths) - 1)
-        _require(len(enc.depths) == len(enc.heads), f"{name}.heads", f"one number a stage ({len(enc.depths)})", enc.heads)
-        _require(size % stage0 == 0, f"{name}.window_size", f"windows of {stage0} px that tile {size} px", enc.window_size)
-        _require(size % enc.unit == 0, f"{name}.unit", f"a divisor of {size}", enc.unit)
-        _require(enc.unit % halvings == 0, f"{name}.unit", f"a multiple of {halvings}, the last stage's token", enc.unit)
-    windows = v.pretrained_windows
-    _require(len(windows) in (0, len(v.depths)), "vision.pretrained_windows", f"{len(v.depths)} numbers or none", windows)
-    _require(len(v.depths) == len(a.depths), "audio.depths", f"as many stages as vision.depths ({len(v.depths)})", a.depths)
-    _require(a.spec_size % a.mel_bins == 0, "audio.spec_size", f"a multiple of mel_bins = {a.mel_bins}", a.spec_size)
+    """``ConfigError`` for the first value outside its range, or that does not fit another."""
+    for section, keys in _AT_LEAST_ONE.items():
+        for key in keys:
+            value = getattr(getattr(config, section), key)
+            least = min(value, default=0) if isinstance(value, tuple) else value
+            _require(least >= 1, f"{section}.{key}", "at least 1", value)
+    for section, keys in _NOT_NEGATIVE.items():
+        for key in keys:
+            value = getattr(getattr(config, section), key)
+            _require(value >= 0, f"{section}.{key}", "at least 0", value)
+    for section, keys in _BELOW_ONE.items():
+        for key in keys:
+            value = getattr(getattr(config, section), key)
+            _require(0 <= value < 1, f"{section}.{key}", "a share in [0, 1)", value)
+    _validate_data(config)
+    _validate_encoder("vision", config.vision, config.vision.image_size)
+    _validate_encoder("audio", config.audio, config.audio.spec_size)
+    _validate_model(config)
+    m, t = config.mask, config.train
     _require(0 < m.keep <= 1, "mask.keep", "a share in (0, 1]", m.keep)
     _require(all(0 < k <= 1 for k in m.schedule), "mask.schedule", "shares in (0, 1]", m.schedule)
-    _require(config.merge.fence >= 0, "merge.fence", "at least 0", config.merge.fence)
-    capacity = config.merge.capacity
-    _require(capacity is None or 0 < capacity <= 1, "merge.capacity", "a share in (0, 1] or null", capacity)
     _require(t.precision in ("auto", "fp32", "bf16"), "train.precision", "auto, fp32 or bf16", t.precision)
-    _require(t.inputs in ("both", "blind", "deaf", "textonly"), "train.inputs", "both, blind, deaf or textonly", t.inputs)
-    _require(t.epochs >= 1, "train.epochs", "at least 1", t.epochs)
-    _require(t.videos >= 1, "train.videos", "at least 1", t.videos)
-    _require(0 <= t.warmup < 1, "train.warmup", "a share in [0, 1)", t.warmup)
+    _require(t.inputs in _INPUTS, "train.inputs", "both, blind, deaf or textonly", t.inputs)
+    _require(t.seed < 2**63, "train.seed", "less than 2^63", t.seed)
+
+
+def _validate_data(config: Config) -> None:
+    c, a = config.clip, config.audio
+    _require(c.segment_seconds > 0, "clip.segment_seconds", "a positive number of seconds", c.segment_seconds)
+    _require(0 <= c.f_min < c.f_max, "clip.f_min", f"at least 0 and below clip.f_max = {c.f_max}", c.f_min)
+    _require(a.spec_size % a.mel_bins == 0, "audio.spec_size", f"a multiple of mel_bins = {a.mel_bins}", a.spec_size)
+
+
+def _validate_encoder(name: str, encoder: VisionConfig | AudioConfig, size: int) -> None:
+    stages = len(encoder.depths)
+    window = encoder.patch_size * encoder.window_size
+    last = encoder.patch_size * 2 ** (stages - 1)
+    _require(len(encoder.heads) == stages, f"{name}.heads", f"one number a stage ({stages})", encoder.heads)
+    for stage, heads in enumerate(encoder.heads):
+        dim = encoder.embed_dim * 2**stage
+        _require(
+            dim % heads == 0, f"{name}.heads", f"divisors of the stages' dims ({dim} in stage {stage})", encoder.heads
+        )
+    _require(
+        size % window == 0, f"{name}.window_size", f"windows of {window} px that tile {size} px", encoder.window_size
+    )
+    _require(size % encoder.unit == 0, f"{name}.unit", f"a divisor of {size}", encoder.unit)
+    _require(encoder.unit % last == 0, f"{name}.unit", f"a multiple of {last}, the last stage's token", encoder.unit)
+
+
+def _validate_model(config: Config) -> None:
+    v, a, merge = config.vision, config.audio, config.merge
+    stages = len(v.depths)
+    windows = v.pretrained_windows
+    _require(len(windows) in (0, stages), "vision.pretrained_windows", f"{stages} numbers or none", windows)
+    _require(len(a.depths) == stages, "audio.depths", f"as many stages as vision.depths ({stages})", a.depths)
+    dim = config.text.dim
+    _require(dim % config.text.heads == 0, "text.heads", f"a divisor of text.dim = {dim}", config.text.heads)
+    dim = config.fusion.dim
+    _require(dim % config.fusion.heads == 0, "fusion.heads", f"a divisor of fusion.dim = {dim}", config.fusion.heads)
+    _require(dim % merge.heads == 0, "merge.heads", f"a divisor of fusion.dim = {dim}", merge.heads)
+    capacity = merge.capacity
+    _require(capacity is None or 0 < capacity <= 1, "merge.capacity", "a share in (0, 1] or null", capacity)
 
 
 _PAPER = Config(train=TrainConfig(encoder_lr=1e-5))
