@@ -166,7 +166,7 @@ def piano(pen: Pen, phase: int) -> Hands:
 
 def accordion(pen: Pen, phase: int) -> Hands:
     red, pull = (216, 30, 40), 5 * phase
-    left, right = 20 - pull, 80 + pull
+    left, right = 15 - pull, 85 + pull
     pen.rect(left + 8, 76, right - 8, 128, (250, 240, 232))
     folds = 6
     for i in range(1, folds):

@@ -60,6 +60,8 @@ def write(
         "fps": fps, "questions": list(questions),
     }  # fmt: skip
     _check(settings)
+    if workers is not None and workers < 1:
+        raise UsageError(f"synth: workers: expected at least 1, got {workers}")
     check_sound_font()
     root = Path(root)
     _claim(root, settings)
