@@ -17,7 +17,8 @@ A row is *dead* when its query is invalid or no key can be seen from it; its P i
 2205.14135), appendix B.2, with gR added.
 
 This form holds H x M x N of one sample at a time. Samples are computed one by one on purpose: a batched matrix
-product may pick another summation order for another batch size, and a sample's bits must not depend on its batch-mates.
+product may sum in another order for another batch size or alignment, and a sample's bits must not depend on its
+batch-mates.
 """
 
 from __future__ import annotations
@@ -94,7 +95,7 @@ def attention_scores_backward(
         live = row_lse != math.inf  # [H, M]
         grad_p = torch.zeros_like(probability)
         if grad_output is not None and v is not None:
-            grad_rows = masked(grad_output[b].to(probability.dtype), live)  # [H, M, dv]
+            grad_rows = masked(grad_output[b].to(probability.dtype), live).contiguous()  # [H, M, dv]
             grad_p = torch.matmul(grad_rows, _rows(b, v, key_valid).transpose(-1, -2))
             if dv.numel():
                 dv[b] = masked(torch.matmul(probability.transpose(-1, -2), grad_rows), visible).to(dv.dtype)
@@ -126,8 +127,7 @@ def _softmax(
     q_rows, k_rows = _rows(b, q, query_valid), _rows(b, k, key_valid)
     logits = torch.matmul(q_rows, k_rows.transpose(-1, -2)) * factor  # [H, M, N]
     if key_bias is not None:
-        bias = key_bias[b] if key_valid is None else torch.where(key_valid[b], key_bias[b], 0.0)
-        logits = logits + bias
+        logits = logits + key_bias[b]
     if key_valid is not None:
         logits = torch.where(key_valid[b], logits, -math.inf)
     lse = torch.logsumexp(logits, dim=-1)
@@ -138,9 +138,12 @@ def _softmax(
 
 
 def _rows(b: int, x: Tensor, valid: Tensor | None) -> Tensor:
-    """``x[b]`` [H, L, d] in the accumulation dtype, contiguous, with zeros at invalid positions."""
-    rows = x[b].to(accumulation_dtype(x.dtype))
-    return (rows if valid is None else masked(rows, valid[b])).contiguous()
+    """``x[b]`` [H, L, d] in the accumulation dtype with zeros at invalid positions.
+
+    In memory of its own: the rounding of a matrix product depends on how its operands are aligned.
+    """
+    rows = torch.empty_like(x[b], dtype=accumulation_dtype(x.dtype), memory_format=torch.contiguous_format)
+    return rows.copy_(x[b] if valid is None else masked(x[b], valid[b]))
 
 
 def _visible(b: int, k: Tensor, key_valid: Tensor | None) -> Tensor:

@@ -47,7 +47,7 @@ def merge_tokens(
 
     Args:
         x: [B, N, D], fp32, bf16, fp16 or fp64, with any strides; B and N may be 0.
-        metric: [B, N, d], any float dtype: what similarity is measured on; dots are compared in fp32, NaN counts as -inf.
+        metric: [B, N, d], any float dtype: what similarity is measured on; compared in fp32, NaN counts as -inf.
         keys: the key tokens; they must be valid tokens, at least one where a sample has valid tokens.
         weight: [B, N], any float dtype, finite and >= 0 at valid tokens; default 1. A merged token's weight is its
             size.

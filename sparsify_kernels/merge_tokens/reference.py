@@ -101,7 +101,8 @@ def _nearest(metric: Tensor, index: Tensor, count: Tensor, alive: Tensor) -> Ten
     tokens, slots = metric.shape[0], index.shape[0]
     used = torch.arange(slots, device=index.device) < count
     key = torch.where(used & (index >= 0) & (index < tokens), index, 0)
-    rows = masked(metric.to(accumulation_dtype(metric.dtype)), alive)
+    # A copy even without a mask: the rounding of a matrix product depends on how its operands are aligned.
+    rows = masked(metric.to(accumulation_dtype(metric.dtype)), alive).contiguous()
     similarity = torch.matmul(rows, rows[key].T).to(torch.float32)  # [N, K]
     similarity = torch.where(used & ~similarity.isnan(), similarity, -torch.inf)
     own = used & (key == torch.arange(tokens, device=index.device)[:, None])

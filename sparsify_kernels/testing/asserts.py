@@ -56,6 +56,7 @@ def assert_alone(function: Callable[..., Any], inputs: dict[str, Any], what: str
     together = function(**inputs)
     batch = next(t.shape[0] for t in inputs.values() if isinstance(t, Tensor))
     for b in range(batch):
+        # A copy: alone, a sample lies at the start of its memory, and rounding must not depend on alignment either.
         alone = function(**{name: _sample(value, b) for name, value in inputs.items()})
         assert_same(alone, _sample(together, b), f"{what} of sample {b}")
 
@@ -127,7 +128,7 @@ def _detached(value: Any) -> Any:
 
 def _sample(value: Any, b: int) -> Any:
     if isinstance(value, Tensor):
-        return value[b : b + 1]
+        return value[b : b + 1].clone()
     if isinstance(value, tuple):
         parts = [_sample(v, b) for v in value]
         return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
