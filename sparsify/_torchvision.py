@@ -1,11 +1,12 @@
 """Make ``import torchvision`` work where its compiled library cannot be loaded.
 
-timm needs torchvision, and so do parts of transformers (CLAP among them). torchvision's wheel on PyPI is built for CUDA: beside a CPU build
-of torch its library does not load, and then ``import torchvision`` itself dies with "operator torchvision::nms does not exist",
-because it registers a fake kernel for an operator that nobody has declared. Declaring the two operators is enough: nothing
-here calls them, and calling them still fails with a clear error.
+timm needs torchvision, and so do parts of transformers (CLAP among them). torchvision's wheel on PyPI is built for
+CUDA: beside a CPU build of torch its library does not load, and then ``import torchvision`` itself dies with "operator
+torchvision::nms does not exist", because it registers a fake kernel for an operator that nobody has declared. Declaring
+the two operators is enough: nothing here calls them, and calling them still fails with a clear error.
 
-``ensure_torchvision()`` goes before the first import of timm or transformers. Where the library loads, it changes nothing.
+``ensure_torchvision()`` goes before the first import of timm or transformers. Where the library loads, it changes
+nothing.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """Cross-modal adapters between the encoders' stages: each modality reads a few latents of the other one.
 
-    latents [M, d] --attend to--> the other modality's kept tokens, of all frames or segments of the video  (cost M * N)
-    own tokens     --attend to--> those latents, --> x + gate * up(...)                                      (cost N * M)
+    latents [M, d] --attend to--> the other modality's kept tokens, of all frames or segments  (cost M * N)
+    own tokens     --attend to--> those latents, --> x + gate * up(...)                         (cost N * M)
 
-The cost is linear in the tokens. Time features enter on both sides, so that a latent can be about a moment and a token can ask for
-its own. The gate starts at zero: a new model is its two encoders, undisturbed.
+The cost is linear in the tokens. Time features enter on both sides, so that a latent can be about a moment and a token
+can ask for its own. The gate starts at zero: a new model is its two encoders, undisturbed.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _HEAD_DIM = 32
 
 
 class LatentBridge(nn.Module):
-    """One direction: tokens of width ``dim`` read tokens of width ``other_dim`` through ``latents`` latents of width ``width``."""
+    """One direction: tokens of width ``dim`` read those of width ``other_dim`` through a few latents of ``width``."""
 
     def __init__(self, dim: int, other_dim: int, latents: int, width: int) -> None:
         super().__init__()
@@ -43,7 +43,8 @@ class LatentBridge(nn.Module):
     def forward(self, x: Tensor, time: Tensor, other: Tensor, other_time: Tensor, other_kept: Tensor | None) -> Tensor:
         """``x`` [V, A, n, dim] after reading ``other`` [V, B, m, other_dim].
 
-        ``time`` [V, A, n or 1, TIME_FEATURES] and ``other_time`` likewise; ``other_kept`` bool [V, B * m] or None: all are there.
+        ``time`` [V, A, n or 1, TIME_FEATURES] and ``other_time`` likewise; ``other_kept`` bool [V, B * m] or None: all
+        are there.
         """
         seen = self.read_down(self.read_norm(other)) + self.read_time(other_time)
         seen = seen.flatten(1, 2)  # [V, B * m, width]

@@ -1,7 +1,7 @@
-"""HTS-AT over log-mel images: transformers' CLAP audio encoder, stage by stage, with masked units left out of every attention.
+"""HTS-AT over log-mel images: transformers' CLAP audio encoder, stage by stage, without attention to masked units.
 
-The log-mel of a segment is folded into a square (``ClapAudioEncoder.reshape_mel2img``): row ``r`` of the image is mel bin
-``r % mel_bins`` of run ``r // mel_bins``, and the runs follow each other in time.
+The log-mel of a segment is folded into a square (``ClapAudioEncoder.reshape_mel2img``): row ``r`` of the image is mel
+bin ``r % mel_bins`` of run ``r // mel_bins``, and the runs follow each other in time.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from sparsify.model.masking import KeptUnits, join_windows, split_windows
 
 __all__ = ["AudioEncoder"]
 
-# Log-mel of music in dB lies between the -100 of silence and about +20. Random weights get these as the batch norm's running
-# statistics, which are never updated: CLAP's own are learnt and come with its weights.
+# Log-mel of music in dB lies between the -100 of silence and about +20. Random weights get these as the batch norm's
+# running statistics, which are never updated: CLAP's own are learnt and come with its weights.
 _MEL_MEAN, _MEL_STD = -30.0, 30.0  # dB
 
 
@@ -46,8 +46,8 @@ class AudioEncoder(nn.Module):
     def embed(self, mel: Tensor) -> Tensor:
         """Log-mel in dB, in units [B, U, p*p], as patch embeddings [B, side, side, C].
 
-        The batch norm over mel bins uses its running statistics in training too: as a scale and a shift of the image's rows. The
-        statistics of a batch would make a sample depend on its neighbours.
+        The batch norm over mel bins uses its running statistics in training too: as a scale and a shift of the image's
+        rows. The statistics of a batch would make a sample depend on its neighbours.
         """
         image = from_units(mel, self.config.unit, (self.config.units, self.config.units))
         norm = self.htsat.batch_norm
@@ -104,7 +104,8 @@ def build_htsat(config: AudioConfig) -> Any:
     last_side = config.spec_size // config.patch_size // 2 ** (len(config.depths) - 1)
     if last_side < config.window_size:
         raise ConfigError(
-            f"config.audio.window_size: expected at most the {last_side} tokens of the last stage's side, got {config.window_size}"
+            f"config.audio.window_size: expected at most the {last_side} tokens of the last stage's side, "
+            f"got {config.window_size}"
         )
     clap = ClapAudioConfig(
         spec_size=config.spec_size,

@@ -1,6 +1,6 @@
 """A checkpoint is a folder: ``config.json``, ``vocabulary.json``, ``model.safetensors``; never a pickle.
 
-With a Hugging Face text encoder there is also ``text.json``, its architecture. Loading reads nothing outside the folder.
+With a Hugging Face text encoder there is also ``text.json``, its architecture. Loading reads this folder alone.
 """
 
 from __future__ import annotations
@@ -73,7 +73,8 @@ def _check(wanted: dict[str, Tensor], state: dict[str, Tensor], path: Path) -> N
     for name, tensor in wanted.items():
         if state[name].shape != tensor.shape:
             raise CheckpointError(
-                f"{path}: {name} has shape {list(state[name].shape)}, {CONFIG} and {VOCABULARY} expect {list(tensor.shape)}"
+                f"{path}: {name} has shape {list(state[name].shape)}, "
+                f"{CONFIG} and {VOCABULARY} expect {list(tensor.shape)}"
             )
 
 

@@ -1,7 +1,7 @@
 """A question's words attend to a video's super-tokens; an answer comes out.
 
-Questions of one video share its keys and values: their words are packed as [V, width * L] queries, so nothing of the video is copied to
-a question.
+Questions of one video share its keys and values: their words are packed as [V, width * L] queries, so nothing of the
+video is copied to a question.
 """
 
 from __future__ import annotations
@@ -11,14 +11,14 @@ from torch import Tensor, nn
 
 from sparsify.batch import Questions
 from sparsify.config import FusionConfig
-from sparsify.model.layers import Attention, Mlp, TransformerLayer, key_mask
+from sparsify.model.layers import Attention, Mlp, key_mask
 from sparsify.model.outputs import SuperTokens
 
 __all__ = ["AnswerHead", "FusionLayer", "pack_questions", "unpack_questions"]
 
 
 def pack_questions(x: Tensor, questions: Questions, videos: int) -> Tensor:
-    """Words of questions [Q, L, D] beside each other, video by video: [V, width * L, D], zeros where a video has fewer."""
+    """Words of questions [Q, L, D] beside each other, video by video: [V, width * L, D], padded with zeros."""
     packed = x.new_zeros(videos, questions.width, *x.shape[1:])
     return packed.index_put((questions.video_index, questions.rank), x).flatten(1, 2)
 
@@ -29,12 +29,12 @@ def unpack_questions(x: Tensor, questions: Questions) -> Tensor:
 
 
 class FusionLayer(nn.Module):
-    """Self-attention over the question's words, then attention to the super-tokens, MLP."""
+    """Self-attention over the question's words, attention to the super-tokens, MLP: pre-norm, residual."""
 
     def __init__(self, config: FusionConfig) -> None:
         super().__init__()
-        self.words = TransformerLayer(config.dim, config.heads, config.dropout)
-        self.norm, self.mlp_norm = nn.LayerNorm(config.dim), nn.LayerNorm(config.dim)
+        self.word_norm, self.norm, self.mlp_norm = (nn.LayerNorm(config.dim) for _ in range(3))
+        self.words = Attention(config.dim, config.heads, config.dropout)
         self.attention = Attention(config.dim, config.heads, config.dropout)
         self.mlp = Mlp(config.dim, config.dropout)
         self.drop = nn.Dropout(config.dropout)
@@ -43,7 +43,8 @@ class FusionLayer(nn.Module):
         self, x: Tensor, word_mask: Tensor, questions: Questions, keys: tuple[Tensor, Tensor], mask: Tensor
     ) -> Tensor:
         """Words [Q, L, D]; ``keys`` of the V videos' super-tokens and the ``mask`` over them."""
-        x = self.words(x, word_mask)
+        y = self.word_norm(x)
+        x = x + self.drop(self.words(y, self.words.keys(y), word_mask))
         packed = pack_questions(self.norm(x), questions, len(keys[0]))
         x = x + self.drop(unpack_questions(self.attention(packed, keys, mask), questions))
         return x + self.drop(self.mlp(self.mlp_norm(x)))

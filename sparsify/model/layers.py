@@ -44,7 +44,7 @@ class Attention(nn.Module):
         return split_heads(self.key(y), self.heads), split_heads(self.value(y), self.heads)
 
     def forward(self, x: Tensor, keys: tuple[Tensor, Tensor], mask: Tensor | None) -> Tensor:
-        """Queries from ``x`` [B, M, D] attend to ``keys``; ``mask`` is added to the logits, broadcast to [B, heads, M, N]."""
+        """Queries from ``x`` [B, M, D] attend to ``keys``; ``mask`` (or None) is added to the logits."""
         q, (k, v) = split_heads(self.query(x), self.heads), keys
         mask = None if mask is None else mask.to(q.dtype)
         out = F.scaled_dot_product_attention(q, k, v, mask, dropout_p=self.dropout if self.training else 0.0)

@@ -1,8 +1,9 @@
-"""Sparse masking in oracle form: everything is computed, masked tokens are never attended to and never leave the encoder.
+"""Sparse masking in oracle form: all is computed, masked tokens are never attended to and never leave the encoder.
 
-A mask unit is a square of pixels whose side is a multiple of the last stage's token, so it is whole tokens at every stage and no 2x2
-patch merging crosses it. Inside a window, a kept token attends to kept tokens alone; a masked token sees itself and them, which keeps
-its softmax finite, and nothing ever reads what it becomes: its outputs and its gradients are exactly zero where they could matter.
+A mask unit is a square of pixels whose side is a multiple of the last stage's token, so it is whole tokens at every
+stage and no 2x2 patch merging crosses it. Inside a window, a kept token attends to kept tokens alone; a masked token
+sees itself and them, which keeps its softmax finite, and nothing ever reads what it becomes: its outputs and its
+gradients are exactly zero where they could matter.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class KeptUnits:
     def draw(cls, seed: Tensor, keep: float, grid: int, *, stratified: bool) -> KeptUnits:
         """Draw for each of the B images from its own ``seed`` (int64 [B]).
 
-        ``stratified`` keeps the same number in every 2x2 block, where the ratio (1/4, 1/2, 3/4) and an even grid allow it; other
-        ratios are drawn freely.
+        ``stratified`` keeps the same number in every 2x2 block, where the ratio (1/4, 1/2, 3/4) and an even grid allow
+        it; other ratios are drawn freely.
         """
         units = torch.arange(grid * grid, device=seed.device).expand(len(seed), -1)  # [B, U]
         if keep >= 1:
@@ -54,7 +55,7 @@ class KeptUnits:
         return self._tokens[side]
 
     def cells(self, side: int) -> Tensor:
-        """Row-major numbers of the kept tokens of a ``side`` x ``side`` grid, ascending: int64 [B, K * (side / grid)^2]."""
+        """Row-major numbers, ascending, of the kept tokens of a ``side`` x ``side`` grid: int64 [B, K * scale^2]."""
         scale = side // self.grid
         corner = (self.index // self.grid) * scale * side + (self.index % self.grid) * scale  # [B, K]
         step = torch.arange(scale, device=corner.device)

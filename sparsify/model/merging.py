@@ -2,10 +2,11 @@
 
     audio queries --attend to--> visual keys, values:  what each visual token receives is its score
     visual queries --attend to--> audio keys, values:  likewise
-    scores --> key tokens (upper quartile or outliers, sample by sample) --> every token joins the key with the nearest metric
+    scores --> key tokens (upper quartile or outliers, sample by sample) --> every token joins its nearest key
 
-The attention that scores also computes: its output, through a gate that starts at zero, is added to the tokens that asked, so its
-projections learn from the answer. Both directions look at the tokens as they came in. (Diao et al., ACL 2025, section 3.3.)
+The attention that scores also computes: its output, through a gate that starts at zero, is added to the tokens that
+asked, so its projections learn from the answer. Both directions look at the tokens as they came in. (Diao et al., ACL
+2025, section 3.3.)
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class _CrossAttention(nn.Module):
         self.gate = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x: Tensor, other: Tensor, *, score: bool) -> tuple[Tensor, Tensor | None, Tensor]:
-        """``x`` [V, M, D] after reading ``other`` [V, N, D]; scores of ``other`` fp32 [V, N] (if asked for); its keys [V, N, D]."""
+        """``x`` [V, M, D] after reading ``other`` [V, N, D]; scores of ``other`` fp32 [V, N]; its keys [V, N, D]."""
         y = self.key_norm(other)
         keys = self.key(y)
         q, k = split_heads(self.query(self.query_norm(x)), self.heads), split_heads(keys, self.heads)
@@ -79,4 +80,6 @@ class CrossModalMerging(nn.Module):
         keys = key_tokens(scores, fence=self.config.fence, capacity=capacity)
         merged = merge_tokens(x, metric, keys)
         position = gather_tokens(kept.unsqueeze(-1), keys.index).squeeze(-1)
-        return ModalityTokens(merged.tokens, merged.size.detach().float(), position, keys.valid, merged.assign, scores, kept)
+        return ModalityTokens(
+            merged.tokens, merged.size.detach().float(), position, keys.valid, merged.assign, scores, kept
+        )

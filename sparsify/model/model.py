@@ -49,11 +49,11 @@ class SparsifyModel(nn.Module):
         pretrained: bool = True,
         text_architecture: dict[str, Any] | None = None,
     ) -> None:
-        """A new model; the weights that ``config`` names are loaded, or random initialisation is said (logger ``sparsify``).
+        """A new model; weights that ``config`` names are loaded, else random initialisation is logged as a warning.
 
-        ``pretrained=False`` reads and says nothing: a checkpoint will fill everything; ``text_architecture`` is then the saved
-        configuration of a Hugging Face text encoder, if there is one. Raises ``CheckpointError`` where weights are missing or do
-        not fit, ``ConfigError`` for an impossible geometry.
+        ``pretrained=False`` reads and says nothing: a checkpoint will fill everything; ``text_architecture`` is then
+        the saved configuration of a Hugging Face text encoder, if there is one. Raises ``CheckpointError`` where
+        weights are missing or do not fit, ``ConfigError`` for an impossible geometry.
         """
         super().__init__()
         self.config, self.vocabulary = config, vocabulary
@@ -140,14 +140,14 @@ class SparsifyModel(nn.Module):
             yield from self.text.parameters()
 
     def save_pretrained(self, folder: str | Path) -> None:
-        """Write ``config.json``, ``vocabulary.json`` and ``model.safetensors``; each file appears whole or not at all."""
+        """Write ``config.json``, ``vocabulary.json``, ``model.safetensors``; each appears whole or not at all."""
         from sparsify.model.checkpoint import save
 
         save(self, Path(folder))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> SparsifyModel:
-        """The model in ``folder``. Nothing is downloaded. Raises ``CheckpointError`` naming the file and what is wrong."""
+        """The model in ``folder``; nothing is downloaded. Raises ``CheckpointError`` naming the file and the fault."""
         from sparsify.model.checkpoint import load
 
         return load(Path(folder))
@@ -185,7 +185,7 @@ class SparsifyModel(nn.Module):
         video: Video,
         images: int,
     ) -> tuple[Tensor, Tensor]:
-        """The last stage [V * images, side, side, C] as kept tokens [V, N, D], and their dense token indices int64 [V, N]."""
+        """The last stage [V * images, side, side, C] as kept tokens [V, N, D] and dense token indices int64 [V, N]."""
         side = x.shape[1]
         x = x.flatten(1, 2)
         if kept is None:

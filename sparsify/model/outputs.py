@@ -1,8 +1,8 @@
 """What the model returns: plain named tuples of tensors.
 
-Sizes: V videos, N tokens of one modality that were encoded, K super-tokens, D ``fusion.dim``. A *dense token index* counts a modality's
-tokens as if nothing were masked: ``frame * cells + row * side + column`` (segment in place of frame for audio), where a frame has
-``cells = side * side`` tokens after the last stage.
+Sizes: V videos, N tokens of one modality that were encoded, K super-tokens, D ``fusion.dim``. A *dense token index*
+counts a modality's tokens as if nothing were masked: ``frame * cells + row * side + column`` (segment in place of frame
+for audio), where a frame has ``cells = side * side`` tokens after the last stage.
 """
 
 from __future__ import annotations

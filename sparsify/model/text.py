@@ -67,7 +67,7 @@ class HuggingFaceText(nn.Module):
 
 
 class TokenizerVocabulary:
-    """A fast tokenizer in the place of a word vocabulary: ids are the tokenizer's own plus one, so that 0 stays padding."""
+    """A fast tokenizer in the place of a word vocabulary: its own ids plus one, so that 0 stays padding."""
 
     format = "sparsify-tokenizer"
 
@@ -97,7 +97,7 @@ class TokenizerVocabulary:
         return self._tokenizer.get_vocab_size() + 1
 
     def encode(self, text: str, max_words: int) -> list[int]:
-        """Ids of ``text``, special tokens included. ``UsageError`` for an empty text or one of more than ``max_words`` tokens."""
+        """Ids of ``text``, special tokens included. ``UsageError`` for no word, or more than ``max_words`` tokens."""
         if not text.strip():
             raise UsageError("question: expected at least one word, got an empty text")
         ids = self._tokenizer.encode(text).ids

@@ -1,4 +1,4 @@
-"""When and where a token is: the features that give Swin and HTS-AT tokens a place, which they do not carry themselves."""
+"""When a token is: Swin and HTS-AT tokens carry no place of their own."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ def time_features(seconds: Tensor, duration: Tensor) -> Tensor:
 
 
 def audio_offsets(config: AudioConfig, side: int, segment_seconds: float) -> Tensor:
-    """Seconds from the start of a segment to the middle of each token of a ``side`` x ``side`` grid: fp32 [side * side].
+    """Seconds from the start of a segment to the middle of each token of a square grid: fp32 [side * side].
 
-    A token at ``row`` lies in run ``row * px // mel_bins`` of the fold (px: pixels of a token's side) and the image's columns are time
-    within that run. Tokens taller than a run take the middle of the runs they span.
+    A token at ``row`` lies in run ``row * px // mel_bins`` of the fold (px: pixels of a token's side) and the image's
+    columns are time within that run. Tokens taller than a run take the middle of the runs they span.
     """
     px = config.spec_size // side
     runs = config.spec_size // config.mel_bins

@@ -1,4 +1,4 @@
-"""From an encoder's last stage to tokens that can be compared: one width, and a time, a place and a modality for each."""
+"""From an encoder's last stage to tokens that can be compared: one width, a time, a place and a modality for each."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ def gather_rows(x: Tensor, index: Tensor) -> Tensor:
 class TokenHead(nn.Module):
     """Width ``in_dim`` to ``dim``, plus embeddings of time and of the cell in the frame or mel image.
 
-    ``rows`` and ``columns`` [cells] number what a cell's place means: row and column of a frame, or the band of mel bins (an image's
-    columns are time, which is embedded as such).
+    ``rows`` and ``columns`` [cells] number what a cell's place means: row and column of a frame, or the band of mel
+    bins (an image's columns are time, which is embedded as such).
     """
 
     def __init__(self, in_dim: int, dim: int, rows: Tensor, columns: Tensor) -> None:

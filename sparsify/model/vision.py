@@ -1,4 +1,4 @@
-"""Swin-V2 over frames: timm's own modules, stage by stage, with masked units left out of every attention."""
+"""Swin-V2 over frames: timm's own modules, stage by stage, without attention to masked units."""
 
 from __future__ import annotations
 
@@ -26,8 +26,9 @@ class VisionEncoder(nn.Module):
         super().__init__()
         self.config = config
         self.swin = build_swin(config)
-        self.register_buffer("mean", 255 * torch.tensor(_MEAN).view(3, 1, 1), persistent=False)
-        self.register_buffer("std", 255 * torch.tensor(_STD).view(3, 1, 1), persistent=False)
+        mean, std = torch.tensor(_MEAN).view(3, 1, 1), torch.tensor(_STD).view(3, 1, 1)
+        self.register_buffer("scale", 1 / (255 * std), persistent=False)
+        self.register_buffer("shift", -mean / std, persistent=False)
 
     @property
     def stage_dims(self) -> list[int]:
@@ -41,7 +42,7 @@ class VisionEncoder(nn.Module):
     def embed(self, frames: Tensor) -> Tensor:
         """Pixels, 0 to 255, in units [B, U, 3*p*p], as patch embeddings [B, side, side, C]."""
         image = from_units(frames, self.config.unit, (self.config.units, self.config.units))
-        return self.swin.patch_embed((image - self.mean) / self.std)
+        return self.swin.patch_embed(torch.addcmul(self.shift, image.to(self.scale.dtype), self.scale))
 
     def stage(self, index: int, x: Tensor, kept: KeptUnits | None) -> Tensor:
         """[B, H, W, C] through stage ``index``; without ``kept`` it is timm's own forward."""

@@ -1,4 +1,4 @@
-"""Pretrained weights, strictly: every parameter of an encoder must be there, in its shape, or the error names the one that is not."""
+"""Pretrained weights, strictly: every parameter is there, in its shape, or an error names the one that is not."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def load_vision_weights(swin: nn.Module, name: str | None) -> None:
-    """Fill timm's ``SwinTransformerV2`` from a timm name or a local file or folder; ``None`` leaves it random and says so."""
+    """Fill timm's ``SwinTransformerV2`` from a timm name or a local path; ``None`` leaves it random and says so."""
     if name is None:
         logger.warning("vision: no weights given, Swin-V2 starts from random initialisation")
         return
@@ -45,8 +45,9 @@ def load_vision_weights(swin: nn.Module, name: str | None) -> None:
 def load_audio_weights(htsat: nn.Module, name: str | None) -> None:
     """Fill transformers' ``ClapAudioEncoder`` from a CLAP checkpoint; ``None`` leaves it random and says so.
 
-    CLAP checkpoints are read through ``ClapAudioModelWithProjection``: ``ClapAudioModel.from_pretrained`` finds none of its names
-    in them, leaves every weight random and only logs it. The parts for feature fusion (several crops of a long sound) are left out.
+    CLAP checkpoints are read through ``ClapAudioModelWithProjection``: ``ClapAudioModel.from_pretrained`` finds none of
+    its names in them, leaves every weight random and only logs it. The parts for feature fusion (several crops of a
+    long sound) are left out.
     """
     if name is None:
         logger.warning("audio: no weights given, HTS-AT starts from random initialisation")
@@ -93,7 +94,10 @@ def _fill(module: nn.Module, state: dict[str, Tensor], key: str, name: str, *, i
 
 
 def _shape_text(key: str, name: str, parameter: str, got: Tensor, expected: Tensor) -> str:
-    return f"{key}: {name!r} holds {parameter} of shape {list(got.shape)}, the config's geometry expects {list(expected.shape)}"
+    return (
+        f"{key}: {name!r} holds {parameter} of shape {list(got.shape)}, "
+        f"the config's geometry expects {list(expected.shape)}"
+    )
 
 
 def _read(path: Path, key: str) -> dict[str, Any]:

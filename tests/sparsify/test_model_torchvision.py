@@ -18,7 +18,7 @@ def test_timm_and_clap_import_after_the_shim() -> None:
         "from timm.models.swin_transformer_v2 import SwinTransformerV2\n"
         "from transformers import ClapAudioModelWithProjection\n"
         "assert first == again\n"
-        "assert first != torchvision.extension._has_ops(), 'declared here exactly when the compiled library is missing'\n"
+        "assert first != torchvision.extension._has_ops(), 'declared exactly when the compiled library is missing'\n"
         "print('fine')"
     )
     assert done.returncode == 0, done.stderr

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from sparsify._torchvision import ensure_torchvision
 from sparsify.batch import Masking, Questions, Video
 from sparsify.config import Config
 from sparsify.data.vocabulary import Vocabulary
@@ -44,6 +45,12 @@ TINY = {
     "fusion.adapter_dim": 8,
     "fusion.layers": 1,
 }
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _importable_libraries() -> None:
+    """Some tests import timm and transformers themselves, before any model is made."""
+    ensure_torchvision()
 
 
 @pytest.fixture(autouse=True)
@@ -88,7 +95,12 @@ def make_batch() -> Callable[..., tuple[Video, Questions, Masking]]:
     """Random clips, ``questions`` a clip, and mask seeds."""
 
     def make(
-        config: Config, videos: int = 3, questions: int = 2, keep: float = 0.5, seed: int = 0, dtype: torch.dtype | None = None
+        config: Config,
+        videos: int = 3,
+        questions: int = 2,
+        keep: float = 0.5,
+        seed: int = 0,
+        dtype: torch.dtype | None = None,
     ) -> tuple[Video, Questions, Masking]:
         g = torch.Generator().manual_seed(seed)
         frames, segments, words = config.clip.frames, config.clip.segments, 7

@@ -79,7 +79,10 @@ def test_a_missing_folder_is_named(tmp_path):
         (lambda d: d.update(version=99), r"config.json: version 99; this release reads version 1"),
         (lambda d: d.update(colour="red"), r"config.json: unknown key 'colour'"),
         (lambda d: d["fusion"].update(dim="wide"), r"config.json.fusion.dim: expected int, got 'wide'"),
-        (lambda d: d["fusion"].update(adapter_dim=4), r"model.safetensors: adapters.0.visual.latents has shape \[2, 8\], .* expect \[2, 4\]"),
+        (
+            lambda d: d["fusion"].update(adapter_dim=4),
+            r"model.safetensors: adapters.0.visual.latents has shape \[2, 8\], .* expect \[2, 4\]",
+        ),
         (lambda d: d["fusion"].update(layers=2), r"model.safetensors: head.layers.1.\S+ is missing"),
         (lambda d: d["fusion"].update(mixer_layers=0), r"model.safetensors: mixer.0.\S+ is unknown"),
     ],
@@ -109,7 +112,7 @@ def test_a_pickle_is_never_read(saved):
     with pytest.raises(CheckpointError, match="expected a safetensors file"):
         SparsifyModel.from_pretrained(folder)
     path.rename(folder / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match="pytorch_model.bin is a pickle, which is never read"):
+    with pytest.raises(CheckpointError, match=r"pytorch_model.bin is a pickle, which is never read"):
         SparsifyModel.from_pretrained(folder)
 
 
@@ -129,4 +132,8 @@ def test_another_dtype_is_read_as_the_models_own(saved):
 
 
 def test_file_names_are_public_knowledge():
-    assert (checkpoint.CONFIG, checkpoint.VOCABULARY, checkpoint.MODEL) == ("config.json", "vocabulary.json", "model.safetensors")
+    assert (checkpoint.CONFIG, checkpoint.VOCABULARY, checkpoint.MODEL) == (
+        "config.json",
+        "vocabulary.json",
+        "model.safetensors",
+    )

@@ -32,7 +32,7 @@ def test_vision_is_timms_own_forward(tiny):
     std = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
     expected = encoder.swin.forward_features((image / 255 - mean) / std)
     torch.testing.assert_close(run(encoder, to_units(image, 16)), expected, rtol=1e-4, atol=1e-5)
-    exact = encoder.swin.forward_features((image - encoder.mean) / encoder.std)
+    exact = encoder.swin.forward_features(torch.addcmul(encoder.shift, image.float(), encoder.scale))
     assert torch.equal(run(encoder, to_units(image, 16)), exact)
 
 

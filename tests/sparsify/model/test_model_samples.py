@@ -84,7 +84,7 @@ def test_super_tokens_carry_the_time_of_their_keys(tiny, make_model, make_batch)
     out = make_model(config).encode(video, masking)
     frame = out.visual.position // 16
     assert torch.equal(out.time[:, :4][out.visual.valid], frame.float()[out.visual.valid])
-    # A mel image of 64 px folds two runs of 32 mel bins, one second each: 4 columns a run, rows 0-1 the first second, rows 2-3 the second.
+    # A mel image of 64 px folds two runs of 32 mel bins, one second each: 4 columns a run, rows 0-1 come first.
     cell = out.audio.position % 16
     expected = 2.0 * (out.audio.position // 16) + (cell // 4 // 2) + (cell % 4 + 0.5) / 4
     torch.testing.assert_close(out.time[:, 4:][out.audio.valid], expected[out.audio.valid])

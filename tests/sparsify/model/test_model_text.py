@@ -91,12 +91,12 @@ def test_a_missing_text_parameter_is_named(bert_folder, tmp_path):
     state = load_file(path)
     del state["encoder.layer.0.output.dense.bias"]
     save_file(state, path, metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="text.weights: .* encoder.layer.0.output.dense.bias"):
+    with pytest.raises(CheckpointError, match=r"text.weights: .* encoder.layer.0.output.dense.bias"):
         load_text_encoder(str(tmp_path / "bert"))
 
 
 def test_a_folder_without_an_encoder_is_refused(tmp_path):
-    with pytest.raises(CheckpointError, match="text.weights: .* could not be read"):
+    with pytest.raises(CheckpointError, match=r"text.weights: .* could not be read"):
         load_text_encoder(str(tmp_path))
 
 

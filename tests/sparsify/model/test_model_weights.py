@@ -123,18 +123,24 @@ def test_a_missing_audio_parameter_is_named(tiny, tmp_path):
     state = load_file(tmp_path / "model.safetensors")
     del state["audio_model.audio_encoder.layers.0.blocks.1.layernorm_after.bias"]
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
-    with pytest.raises(CheckpointError, match="audio.weights: .* has no layers.0.blocks.1.layernorm_after.bias"):
+    with pytest.raises(CheckpointError, match=r"audio.weights: .* has no layers.0.blocks.1.layernorm_after.bias"):
         load_audio_weights(build_htsat(tiny().audio), str(tmp_path))
 
 
 @pytest.mark.parametrize(
     ("change", "parameter"),
-    [({"embed_dim": 16}, r"\S+"), ({"patch_size": 8, "window_size": 2, "unit": 32}, "patch_embed.proj.weight"), ({"heads": [1, 1, 1]}, r"\S+")],
+    [
+        ({"embed_dim": 16}, r"\S+"),
+        ({"patch_size": 8, "window_size": 2, "unit": 32}, "patch_embed.proj.weight"),
+        ({"heads": [1, 1, 1]}, r"\S+"),
+    ],
 )
 def test_another_vision_geometry_is_an_error(tiny, swin_state, tmp_path, change, parameter):
     save_file(swin_state, tmp_path / "w.safetensors")
     config = tiny(**{f"vision__{k}": v for k, v in change.items()})
-    with pytest.raises(CheckpointError, match=f"vision.weights: .* holds {parameter} of shape .* the config's geometry expects"):
+    with pytest.raises(
+        CheckpointError, match=f"vision.weights: .* holds {parameter} of shape .* the config's geometry expects"
+    ):
         load_vision_weights(build_swin(config.vision), str(tmp_path / "w.safetensors"))
 
 
@@ -146,7 +152,7 @@ def test_more_blocks_in_the_file_than_in_the_config_is_an_error(tiny, swin_state
 
 def test_another_audio_geometry_is_an_error(tiny, tmp_path):
     clap(tiny).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="audio.weights: .* of shape"):
+    with pytest.raises(CheckpointError, match=r"audio.weights: .* of shape"):
         load_audio_weights(build_htsat(tiny(audio__embed_dim=16).audio), str(tmp_path))
 
 
@@ -155,7 +161,7 @@ def test_what_holds_no_weights_is_an_error(tiny, tmp_path):
     swin, htsat = build_swin(tiny().vision), build_htsat(tiny().audio)
     with pytest.raises(CheckpointError, match="is not a file of weights"):
         load_vision_weights(swin, str(tmp_path / "w.safetensors"))
-    with pytest.raises(CheckpointError, match="holds none of model.safetensors"):
+    with pytest.raises(CheckpointError, match=r"holds none of model.safetensors"):
         load_vision_weights(swin, str(tmp_path))
     with pytest.raises(CheckpointError, match="could not be read"):
         load_audio_weights(htsat, str(tmp_path))
