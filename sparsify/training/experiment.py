@@ -118,7 +118,9 @@ class _Experiment:
         model = self.load_model(init) if init and not resume else self.new_model(splits["train"], resume)
 
         def dataset(name: str) -> VideoDataset:
-            return VideoDataset(self.root, splits[name], config, model.vocabulary, cache, inputs=config.train.inputs)
+            return VideoDataset(
+                self.root, splits[name], config, model.vocabulary, cache, config.train.inputs, skipped[name]
+            )
 
         usable = [i for i, video in enumerate(splits["train"].videos) if video not in state.skipped]
         if not usable:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from sparsify.batch import Batch
-from sparsify.data.dataset import VideoDataset, collate
+from sparsify.data.dataset import Item, VideoDataset, collate
 from sparsify.data.music_avqa import Question
 
 __all__ = ["Loaded", "epoch_order", "load_batches", "share", "step_seed", "to_device"]
@@ -68,12 +68,12 @@ def load_batches(
     return iter(loader)
 
 
-def _collate(items: list[Any], *, epoch: int, run_seed: int, keep: float) -> Loaded:
-    readable = [item for item in items if item.clip is not None]
-    skipped = {item.video_id: item.error for item in items if item.clip is None}
-    questions = tuple(question for item in readable for question in item.questions)
-    batch = collate(readable, epoch=epoch, run_seed=run_seed, keep=keep) if readable else None
-    return Loaded(batch, questions, skipped)
+def _collate(items: list[Item], *, epoch: int, run_seed: int, keep: float) -> Loaded:
+    return Loaded(
+        collate(items, epoch=epoch, run_seed=run_seed, keep=keep),
+        tuple(question for item in items if item.clip is not None for question in item.questions),
+        {item.video_id: item.error or "cannot be read" for item in items if item.clip is None},
+    )
 
 
 def to_device(value: Any, device: torch.device) -> Any:
