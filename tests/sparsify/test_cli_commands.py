@@ -180,20 +180,6 @@ def test_train_options_become_a_config(
     files = [part for name in ("train", "val", "test") for part in (f"--{name}", str(tmp_path / f"{name}.json"))]
     shortcuts = ["--epochs", "3", "--seed", "7", "--workers", "2", "--deaf"]
     weights = ["--vision-weights", "a/b", "--audio-weights", "c", "--text-weights", "d"]
-        "--epochs",
-        "3",
-        "--seed",
-        "7",
-        "--workers",
-        "2",
-        "--deaf",
-        "--vision-weights",
-        "a/b",
-        "--audio-weights",
-        "c",
-        "--text-weights",
-        "d",
-    ]
     extra = [
         "--preset",
         "adaptive",
