@@ -121,7 +121,7 @@ def build_htsat(config: AudioConfig) -> Any:
         hidden_dropout_prob=0.0,
         attention_probs_dropout_prob=0.0,
     )
-    htsat = ClapAudioModel(clap).audio_encoder
+    htsat: Any = ClapAudioModel(clap).audio_encoder
     htsat.batch_norm.running_mean.fill_(_MEL_MEAN)
     htsat.batch_norm.running_var.fill_(_MEL_STD**2)
     return htsat

@@ -67,6 +67,7 @@ class AnswerHead(nn.Module):
         y = self.token_norm(tokens.tokens)
         mask, word_mask = key_mask(tokens.valid, tokens.size), key_mask(word_valid)
         for layer in self.layers:
+            assert isinstance(layer, FusionLayer)
             words = layer(words, word_mask, questions, layer.attention.keys(y), mask)
         mean = (words * word_valid.unsqueeze(-1)).sum(1) / word_valid.sum(1, keepdim=True)
         return self.classifier(self.norm(torch.cat([words[:, 0], mean], dim=-1))).float()

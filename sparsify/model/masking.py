@@ -65,8 +65,8 @@ class KeptUnits:
     def window_mask(self, side: int, window: int, shift: int, wrap: Tensor | None) -> Tensor:
         """What is added to the attention logits of each window: [B * windows, n, n] with n = window^2.
 
-        0 where a kept key, or a token itself, stands; -inf at other masked keys; plus ``wrap`` [windows, n, n], the library's own
-        penalty between parts that a cyclic ``shift`` brings together.
+        0 where a kept key, or a token itself, stands; -inf at other masked keys; plus ``wrap`` [windows, n, n], the
+        library's own penalty between parts that a cyclic ``shift`` brings together.
         """
         name = (side, window, shift)
         if name not in self._windows:

@@ -42,10 +42,13 @@ class _CrossAttention(nn.Module):
         keys = self.key(y)
         q, k = split_heads(self.query(self.query_norm(x)), self.heads), split_heads(keys, self.heads)
         v = split_heads(self.value(y), self.heads)
+        received: Tensor | None = None
+        output: Tensor | None
         if score:
             received, output = attention_scores(q, k, v)
+            assert output is not None  # it is, with v
         else:
-            received, output = None, F.scaled_dot_product_attention(q, k, v)
+            output = F.scaled_dot_product_attention(q, k, v)
         return x + self.gate * self.out(merge_heads(output)), received, keys
 
 

@@ -22,6 +22,9 @@ class TokenHead(nn.Module):
     bins (an image's columns are time, which is embedded as such).
     """
 
+    rows: Tensor
+    columns: Tensor
+
     def __init__(self, in_dim: int, dim: int, rows: Tensor, columns: Tensor) -> None:
         super().__init__()
         self.project, self.norm = nn.Linear(in_dim, dim), nn.LayerNorm(dim)

@@ -22,6 +22,9 @@ _STD = (0.229, 0.224, 0.225)
 class VisionEncoder(nn.Module):
     """timm's ``SwinTransformerV2``, without a classifier, in steps: ``embed``, ``stage`` 0, 1, ..., ``finish``."""
 
+    scale: Tensor  # fp32 [3, 1, 1]: pixels 0 to 255 are normalised as pixel * scale + shift
+    shift: Tensor
+
     def __init__(self, config: VisionConfig) -> None:
         super().__init__()
         self.config = config

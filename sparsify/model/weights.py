@@ -55,10 +55,9 @@ def load_audio_weights(htsat: nn.Module, name: str | None) -> None:
     ensure_torchvision()
     from transformers import ClapAudioModelWithProjection
 
+    loader: Any = ClapAudioModelWithProjection
     try:
-        model, info = ClapAudioModelWithProjection.from_pretrained(
-            name, output_loading_info=True, ignore_mismatched_sizes=True
-        )
+        model, info = loader.from_pretrained(name, output_loading_info=True, ignore_mismatched_sizes=True)
     except (OSError, ValueError) as error:
         raise CheckpointError(f"audio.weights: {name!r} could not be read: {_first_line(error)}") from error
     prefix = "audio_model.audio_encoder."
