@@ -11,8 +11,9 @@ BUILD_TOOLS := 'setuptools>=77' wheel ninja pybind11
 
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install --quiet --constraint $(VENV)/constraints.txt
-KERNELS := setup.py pyproject.toml sparsify_kernels/build.py $(wildcard csrc/*)
+# Modules are compiled to bytecode when first imported, not all of them now: most never are.
+PIP := PIP_DISABLE_PIP_VERSION_CHECK=1 $(BIN)/python -m pip install -qq --no-compile --constraint $(VENV)/constraints.txt
+KERNELS := setup.py pyproject.toml sparsify_kernels/_build.py $(wildcard csrc/*)
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl)
 DEMO_DATA ?= data/demo
 DEMO_RUN ?= runs/demo
@@ -66,6 +67,7 @@ $(VENV)/.torch:
 $(VENV)/.avqa: $(VENV)/.torch $(KERNELS)
 	$(PIP) --no-deps tinysoundfont
 	$(PIP) --no-build-isolation --editable '.[avqa]'
+	@if [ -e sparsify_kernels/_why_pure.txt ]; then echo "no compiled kernels: $$(cat sparsify_kernels/_why_pure.txt)"; fi
 	@touch $@
 
 # The package is installed by now: these add what its extras name, and build nothing.

@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parent
 
 
 def load_builder() -> ModuleType:
-    """sparsify_kernels/build.py by its path: importing the package would import torch."""
-    spec = importlib.util.spec_from_file_location("sparsify_kernels_build", ROOT / "sparsify_kernels" / "build.py")
+    """sparsify_kernels/_build.py by its path: importing the package would import torch."""
+    spec = importlib.util.spec_from_file_location("sparsify_kernels_build", ROOT / "sparsify_kernels" / "_build.py")
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # dataclasses look their module up
     spec.loader.exec_module(module)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from sparsify_kernels import _registry
-from sparsify_kernels.build import PACKAGE, WHY_PURE, BuildError, csrc_folder, source_hash
+from sparsify_kernels._build import PACKAGE, WHY_PURE, BuildError, csrc_folder, source_hash
 
 __all__ = ["backend_info", "build_info", "load_extension"]
 

@@ -1,0 +1,69 @@
+"""Compiles the Triton kernels of one op for real GPUs, without one: ``python triton_targets.py random_mask`` prints a
+JSON line a case.
+
+A script of its own, because kernels decorated under ``TRITON_INTERPRET=1`` cannot be compiled. ``TARGETS`` of the
+op's ``triton.py`` lists the cases.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+# Name, target, shared memory in bytes that one program may have.
+GPUS = [
+    ("sm_80", GPUTarget("cuda", 80, 32), 163 * 1024),
+    ("sm_90", GPUTarget("cuda", 90, 32), 227 * 1024),
+    ("sm_100", GPUTarget("cuda", 100, 32), 227 * 1024),
+    ("sm_120", GPUTarget("cuda", 120, 32), 99 * 1024),
+    ("gfx942", GPUTarget("hip", "gfx942", 64), 64 * 1024),
+]
+
+
+def spilled_on_nvidia(cubin: bytes) -> int:
+    """Bytes of stack a thread uses: spilled registers, as our kernels have no local arrays."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        text = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+    stacks = re.findall(r"STACK:(\d+)", text)
+    if not stacks:
+        raise RuntimeError(f"no resource usage in {text!r}")
+    return max(map(int, stacks))
+
+
+def spilled_on_amd(assembly: str) -> int:
+    """Spilled registers and bytes of scratch, from the kernel's metadata."""
+    counts = re.findall(r"\.(?:vgpr_spill_count|sgpr_spill_count|private_segment_fixed_size):\s*(\d+)", assembly)
+    if len(counts) < 3:
+        raise RuntimeError("no spill counts in the assembly")
+    return max(map(int, counts))
+
+
+def main(op: str) -> None:
+    cases = importlib.import_module(f"sparsify_kernels.{op}.triton").TARGETS
+    for name, target, shared_limit in GPUS:
+        for kernel, types, constants, warps in cases:
+            signature = dict.fromkeys(kernel.arg_names, "constexpr")
+            at_run_time = [arg for arg in kernel.arg_names if arg not in constants]
+            signature |= dict(zip(at_run_time, types.split(), strict=True))
+            source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()})
+            compiled = triton.compile(source, target=target, options={"num_warps": warps})
+            nvidia = target.backend == "cuda"
+            spilled = spilled_on_nvidia(compiled.asm["cubin"]) if nvidia else spilled_on_amd(compiled.asm["amdgcn"])
+            case = {"gpu": name, "kernel": kernel.__name__, "constants": constants, "spilled": spilled}
+            print(json.dumps(case | {"shared": compiled.metadata.shared, "shared_limit": shared_limit}))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
