@@ -76,7 +76,7 @@ def _quartile(ranked: Tensor, n: Tensor, quarters: int) -> Tensor:
     b = ranked.gather(1, last - low - (part > 0).to(torch.int64))
     between = torch.where(part < 0.5, a + part * (b - a), b - (1 - part) * (b - a))
     between = torch.where(b == torch.inf, b, between)
-    return torch.where((part == 0) | (a == b) | (a == -torch.inf), a, between)
+    return torch.where((a == b) | (a == -torch.inf), a, between)
 
 
 @without_autocast

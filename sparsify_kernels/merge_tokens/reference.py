@@ -84,8 +84,7 @@ def merge_tokens_backward(
         live = (size[b] > 0)[slot] & (assign[b] >= 0)
         grad = size.new_zeros((length, dim))
         if grad_tokens is not None:
-            per_slot = masked(grad_tokens[b].to(size.dtype) / size[b][:, None], size[b] > 0)
-            grad = masked(per_slot[slot], live)
+            grad = masked((grad_tokens[b].to(size.dtype) / size[b][:, None])[slot], live)
         if wanted[0]:
             w = torch.where(live, 1.0 if weight is None else weight[b], 0.0).to(size.dtype)
             dx[b] = (grad * w[:, None]).to(dx.dtype)

@@ -62,6 +62,11 @@ TABLE = [
     ("minus infinity is a score", (-INF,) * 5, 0, None, None, (0, 1), 2),
     ("minus infinity and valid beats invalid", (9, -INF, 9, 9, 9), 0, None, (F, T, F, F, F), (1, -1), 1),
     ("infinity is a score", (1, INF, 2, INF, INF), 0, None, None, (1, 3), 2),
+    ("minus infinity has no spread", (-INF,) * 5, 1.5, None, None, (0, 1), 2),
+    # between 1 and inf at part 3/4 lies inf
+    ("quartile between a number and infinity", (1, INF, 9, 9, 9, 9, 9, 9), 0, None, (T, T) + (F,) * 6, (1, -1), 1),
+    # Q1 = 0.26, Q3 = 0.66: as fp64 of the fp32 numbers the threshold is 1.26000008; in fp32 it would be 1.26, a score
+    ("a threshold in fp64", (0, 0.1, 0.26, 0.3, 0.4, 0.5, 0.66, 1.26, 9), 1.5, None, None, (8, -1, -1), 1),
     # between -inf and 1 at part 1/4 lies -inf: everything is a candidate
     ("quartile between minus infinity and a number", (-INF, 1), 0, None, None, (1,), 1),
     ("zeros of both signs are equal", (-0.0, 0.0, -0.0, 0.0, -0.0), 0, None, None, (0, 1), 2),
@@ -134,6 +139,25 @@ def test_quartiles_are_those_of_torch_quantile(fence: float) -> None:
         for b in range(4):
             want = (scores[b].double() >= threshold[b]).nonzero()[:, 0].tolist() or [int(scores[b].argmax())]
             assert keys.index[b, : keys.count[b]].tolist() == want
+
+
+@pytest.mark.parametrize("kind", ["distinct", "wide"])
+def test_quartiles_are_those_of_torch_quantile_to_the_last_bit(kind: str) -> None:
+    for tokens in range(1, 60):
+        scores = score_inputs(KeyShape(4, tokens), kind, seed=tokens)["scores"].double()
+        ranked, n = scores.sort(dim=1, descending=True).values, torch.full((4, 1), tokens)
+        for quarters in (1, 3):
+            want = torch.quantile(scores, quarters / 4, dim=1, keepdim=True)
+            assert_same(reference._quartile(ranked, n, quarters), want)
+
+
+def test_half_way_is_computed_from_the_upper_neighbour() -> None:
+    # Two fp32 numbers so far apart that their difference is rounded: from below the result would end in 29.
+    low, high = float.fromhex("0x1.c2094cp-31"), float.fromhex("0x1.d82c08p+0")
+    ranked = torch.tensor([[high, low, 0.0]], dtype=torch.float64)
+    want = float.fromhex("0x1.d82c08038412ap-1")
+    assert reference._quartile(ranked, torch.tensor([[3]]), 3).item() == want
+    assert torch.quantile(ranked, 0.75).item() == want
 
 
 def test_scores_are_rounded_to_fp32_first() -> None:
