@@ -1,4 +1,6 @@
-"""A voice that speaks no words: pulses of the glottis through the formants of changing vowels, with hissed consonants between them."""
+"""A voice that speaks no words: pulses of the glottis through the formants of changing vowels, with hissed
+consonants between them.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def _utterance(
     return _filter((pulses + breath) * voiced, formants, rate, sample_rate) + consonants.astype(np.float32)
 
 
-def _filter(source: NDArray[np.float32], formants: NDArray[np.float64], rate: float, sample_rate: int) -> NDArray[np.float32]:
+def _filter(
+    source: NDArray[np.float32], formants: NDArray[np.float64], rate: float, sample_rate: int
+) -> NDArray[np.float32]:
     """Overlap-add: every frame's spectrum times the resonances of its syllable's vowel."""
     n = len(source)
     frames = n // _HOP + 4

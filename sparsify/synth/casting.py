@@ -1,146 +1,26 @@
 """Draw scenes at random: who stands where, who sounds when, how loud and how fast, who only pretends to play.
 
-A ``Plan`` says what a scene must make possible (a count, an order, a difference of loudness); everything else is drawn. Movement tells little about
-sound: players move without a sound, or sound without moving, and an instrument may sound out of the picture. The exception are *twins*,
-several players of one instrument: no ear could tell which of them plays, so while it is heard exactly those sound that move.
+A ``Plan`` says what a scene must make possible; everything else is drawn. Movement tells little about sound:
+players move without a sound, or sound without moving, and an instrument may sound out of the picture. The exception
+are *twins*, several players of one instrument: no ear could tell which of them plays, so while it is heard exactly
+those sound that move.
 """
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from sparsify.data.templates import INSTRUMENTS
-from sparsify.synth.questions import COUNTS
+from sparsify.synth.plans import MAX_PLAYERS, Plan
 from sparsify.synth.scene import Interval, Player, Scene, Voice
 
-__all__ = ["Plan", "cast", "plan_for"]
+__all__ = ["cast"]
 
-MAX_PLAYERS = 5
 VOICE = "voice"  # the instrument name of a voiceover
 LEAD, TAIL = 0.04, 0.02  # s before the first and after the last sound of who plays "from beginning to end"
 LEVELS = (0.0, -9.5, -19.0)  # dB below the loudest, in scenes with clear differences
 RATES = (1.6, 5.0)  # notes a second
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a scene is drawn to show. ``arrangement``: together, staggered, turns, halves, uneven or mixed."""
-
-    seen: int
-    sounding: int
-    twins: int = 0  # seen players of one instrument; 0: all different
-    twins_sounding: int | None = None  # how many of them sound; None: drawn
-    unseen: int = 0  # voices from out of the picture
-    arrangement: str = "together"
-    steps: bool = False  # clear differences of loudness
-    rhythms: bool = False  # clear differences of note rate
-    voiceover: bool = False
-
-
-def free_plan(rng: random.Random) -> Plan:
-    """A plan without a purpose."""
-    seen = rng.choices((1, 2, 3, 4, 5), (10, 28, 34, 16, 12))[0]
-    sounding = min(seen, rng.choices((0, 1, 2, 3, 4), (4, 22, 38, 26, 10))[0])
-    return Plan(
-        seen=seen,
-        sounding=sounding,
-        unseen=rng.choices((0, 1, 2), (60, 34, 6))[0] if sounding < 4 else 0,
-        arrangement=rng.choice(("together", "staggered", "turns", "uneven", "mixed")),
-        steps=rng.random() < 0.4,
-        rhythms=rng.random() < 0.4,
-        voiceover=rng.random() < 0.06,
-    )
-
-
-def plan_for(question: str, answer: str, rng: random.Random) -> Plan:
-    """A plan under which ``question`` (a template) may well have ``answer``."""
-    plan = free_plan(rng)
-    count = COUNTS.index(answer) if answer in COUNTS else 0
-    several = {"seen": rng.choice((2, 3, 3, 4, 5)), "sounding": rng.choice((2, 2, 3))}
-    several["seen"] = max(several.values())
-    order = rng.choice(("staggered", "turns"))
-    if question.startswith("How many musical instruments were heard"):
-        unseen = min(count, rng.choice((0, 0, 1, 2)))
-        return replace(plan, seen=max(1, count - unseen, plan.seen), sounding=count - unseen, unseen=unseen)
-    if question.startswith("How many types of musical instruments appeared"):
-        return replace(plan, **_fit(rng.choice((count, count, MAX_PLAYERS)), plan.sounding), twins=-count)
-    if question.startswith("How many <Object> are"):
-        seen = rng.randint(max(1, count), MAX_PLAYERS)
-        return replace(plan, **_fit(seen, plan.sounding), twins=count if count > 1 else 0)
-    if question.startswith("How many sounding"):
-        group = rng.randint(max(1, count), MAX_PLAYERS)
-        others = rng.randint(0, min(2, MAX_PLAYERS - group))
-        sounding = count + min(others, rng.choice((0, 0, 1)))
-        twins = group if group > 1 else 0
-        return replace(
-            plan, seen=group + others, sounding=sounding, twins=twins, twins_sounding=count if twins else None, unseen=_some(rng)
-        )
-    if question.startswith(("How many instruments are sounding", "How many types")):
-        twins = rng.choice((0, 0, 2)) if question.startswith("How many types") and 0 < count < 4 else 0
-        seen = rng.randint(max(1, count + bool(twins)), MAX_PLAYERS)
-        return replace(plan, seen=seen, sounding=count + bool(twins), twins=twins, unseen=_some(rng) if count < 4 else 0)
-    if question.startswith("How many instruments in the video did not"):
-        seen = rng.randint(max(1, count), MAX_PLAYERS)
-        return replace(plan, seen=seen, sounding=seen - count, unseen=_some(rng) if seen - count < 4 else 0)
-    if question.startswith("What kind of musical instrument"):
-        return replace(plan, seen=1, sounding=rng.choice((0, 1)))
-    if question.startswith("Is this sound"):
-        own = answer == "yes"
-        return replace(plan, seen=1, sounding=int(own), unseen=int(not own))
-    if question.startswith("Is there a voiceover"):
-        return replace(plan, voiceover=answer == "yes")
-    if question.startswith("Which <Object> makes"):
-        twins = rng.choice((2, 2, 3))
-        sounding = twins if answer == "simultaneously" and rng.random() < 0.5 else rng.choice((1, 2))
-        sounding = max(2, sounding) if answer == "simultaneously" else sounding
-        together = "together" if answer == "simultaneously" else order
-        seen = rng.choice((twins, 3, 3, 4)) if twins == 2 else rng.choice((3, 3, 4, 5))
-        extra = min(seen - twins, rng.choice((0, 1)))
-        return replace(
-            plan, seen=seen, sounding=sounding + extra, twins=twins, twins_sounding=sounding, arrangement=together, unseen=0
-        )
-    if "at the same time" in question:
-        return replace(plan, **several, unseen=_some(rng), arrangement=rng.choice(("halves", "together", "halves")), steps=False)
-    if question.startswith(("Where is the <FL>", "Is the <FL>", "What is the <LR> instrument of", "What is the <TH>", "Which instrument")):
-        return replace(plan, **several, unseen=_some(rng), arrangement=order, steps=False)
-    if question.startswith("Where is the <LL>"):
-        return replace(plan, **several, unseen=_some(rng), arrangement=rng.choice(("together", "turns")), steps=True)
-    if "on the <LR>" in question and question.startswith("Is the"):
-        twins = 2 if "<Object>" in question and rng.random() < 0.5 else 0
-        rhythm = "rhythmic" in question
-        seen = max(3, several["seen"]) if twins else several["seen"]
-        return replace(
-            plan,
-            seen=seen,
-            sounding=2 if twins else several["sounding"],
-            twins=twins,
-            twins_sounding=1 if twins else None,
-            arrangement=rng.choice(("together", "together", "turns", "staggered")),
-            steps=not rhythm or plan.steps,
-            rhythms=rhythm or plan.rhythms,
-        )
-    if question.startswith("Is the <Object>"):
-        always = "always" in question
-        arrangement = rng.choice(("mixed", "uneven")) if always else "uneven" if "longer" in question else plan.arrangement
-        return replace(
-            plan,
-            seen=max(2, plan.seen),
-            sounding=max(1 if always else 2, plan.sounding if plan.sounding <= plan.seen else 2),
-            arrangement=arrangement,
-            steps="louder" in question or plan.steps,
-            rhythms="rhythmic" in question or plan.rhythms,
-        )
-    return plan
-
-
-def _some(rng: random.Random) -> int:
-    """How many voices sound unseen where they shall mislead."""
-    return rng.choice((0, 0, 0, 1, 1))
-
-
-def _fit(seen: int, sounding: int) -> dict[str, int]:
-    return {"seen": seen, "sounding": min(seen, sounding)}
 
 
 def cast(plan: Plan, rng: random.Random, seconds: float, size: int) -> Scene:
@@ -162,7 +42,9 @@ def cast(plan: Plan, rng: random.Random, seconds: float, size: int) -> Scene:
     voiceover = None
     if plan.voiceover:
         start = rng.uniform(0.1, 0.25) * seconds
-        voiceover = Voice(VOICE, (_interval(start, start + rng.uniform(0.45, 0.65) * seconds),), -3.0, rng.uniform(4.0, 5.5))
+        voiceover = Voice(
+            VOICE, (_interval(start, start + rng.uniform(0.45, 0.65) * seconds),), -3.0, rng.uniform(4.0, 5.5)
+        )
     boxes = _boxes(len(players), rng, size)
     return Scene(
         place=rng.choice(("indoor", "outdoor")),
@@ -176,9 +58,9 @@ def cast(plan: Plan, rng: random.Random, seconds: float, size: int) -> Scene:
 
 
 def _names(plan: Plan, rng: random.Random) -> list[str]:
-    """The seen players' instruments from left to right. ``twins`` < 0: so many different instruments in all."""
-    if plan.twins < 0:
-        kinds = rng.sample(INSTRUMENTS, min(-plan.twins, plan.seen))
+    """The seen players' instruments from left to right."""
+    if plan.kinds is not None:
+        kinds = rng.sample(INSTRUMENTS, min(plan.kinds, plan.seen))
         names = kinds + [rng.choice(kinds) for _ in range(plan.seen - len(kinds))]
     elif plan.twins > 1:
         kind, *others = rng.sample(INSTRUMENTS, 1 + plan.seen - plan.twins)

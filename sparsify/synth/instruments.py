@@ -1,7 +1,7 @@
 """How each of the 22 instruments sounds: its General MIDI program, register and way of playing.
 
-Chinese and folk instruments that General MIDI lacks take its nearest program. Registers are the instruments' own, narrowed so that two that share a
-timbre do not share a register.
+Chinese and folk instruments that General MIDI lacks take its nearest program. Registers are the instruments' own,
+narrowed so that two that share a timbre do not share a register.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ __all__ = ["INSTRUMENT_SOUNDS", "InstrumentSound"]
 
 @dataclass(frozen=True, slots=True)
 class InstrumentSound:
-    """``low`` to ``high`` are MIDI keys of the melody; every note adds ``chord`` (semitones above it, ``spread`` s apart)."""
+    """``low`` to ``high`` are MIDI keys of the melody; every note adds ``chord`` (semitones above it,
+    ``spread`` s apart).
+    """
 
     program: int
     low: int
@@ -24,7 +26,9 @@ class InstrumentSound:
     drone: tuple[int, ...] = ()  # keys held as long as the instrument sounds
     glide: float = 0.0  # semitones that a note starts below (above, if negative) its pitch
     vibrato: float = 0.0  # semitones
-    percussion: tuple[tuple[int, ...], ...] = ()  # General MIDI drum keys hit together, in turn; replaces program and melody
+    percussion: tuple[
+        tuple[int, ...], ...
+    ] = ()  # General MIDI drum keys hit together, in turn; replaces program and melody
 
 
 INSTRUMENT_SOUNDS: dict[str, InstrumentSound] = {

@@ -1,4 +1,7 @@
-"""Write one clip as an mp4 file: H.264 (yuv420p) pictures, AAC sound. The same scene gives the same pictures and sound on any number of workers."""
+"""Write one clip as an mp4 file:
+
+H.264 (yuv420p) pictures, AAC sound. The same scene gives the same pictures and sound on any number of workers.
+"""
 
 from __future__ import annotations
 

@@ -45,7 +45,9 @@ class Pen:
     def disc(self, x: float, y: float, r: float, color: Color) -> None:
         self.ellipse(x, y, r, r, color)
 
-    def ellipse(self, x: float, y: float, rx: float, ry: float, color: Color, edge: Color | None = None, width: float = 1.5) -> None:
+    def ellipse(
+        self, x: float, y: float, rx: float, ry: float, color: Color, edge: Color | None = None, width: float = 1.5
+    ) -> None:
         s = self.scale
         box = ((x - rx) * s, (y - ry) * s, (x + rx) * s, (y + ry) * s)
         self._draw.ellipse(box, fill=color, outline=edge, width=max(1, round(width * s)) if edge else 0)

@@ -1,4 +1,6 @@
-"""Paint the frames of a scene: players with their instruments, poses that follow the movement, indoor and outdoor scenery."""
+"""Paint the frames of a scene: players with their instruments, poses that follow the movement, indoor and
+outdoor scenery.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
-from sparsify.synth.pen import CELL_HEIGHT, CELL_WIDTH, Color, Pen, shade
+from sparsify.synth.pen import Color, Pen, shade
 from sparsify.synth.portraits import PORTRAITS
 from sparsify.synth.scene import Player, Scene
 
@@ -86,7 +88,9 @@ def _drawing(name: str, phase: int | None, look: int, magnify: int) -> Image.Ima
 
 
 def _draw_player(pen: Pen, name: str, phase: int | None, look: tuple[Color, Color, Color]) -> None:
-    """The body, the instrument over it, and the arms over both: hanging at rest, raised to the instrument when moving."""
+    """The body, the instrument over it, and the arms over both: hanging at rest, raised to the instrument when
+    moving.
+    """
     skin, hair, cloth = look
     lean = 0 if phase is None else 8 * phase  # the upper body sways with the music
     pen.polygon([(34, 112), (66, 112), (66, 194), (54, 194), (50, 130), (46, 194), (34, 194)], TROUSERS)
@@ -103,10 +107,10 @@ def _draw_player(pen: Pen, name: str, phase: int | None, look: tuple[Color, Colo
             pen.disc(x + out, 132, 7, skin)
         return
     by_side = sorted(hands)
-    for (x, y), shoulder, elbow in zip(by_side, ((30 + lean, 72), (70 + lean, 72)), (-14, 14), strict=True):
-        bend = ((shoulder[0] + x) / 2 + elbow, (shoulder[1] + y) / 2 + 10)
-        pen.line([shoulder, bend, (x, y)], 8, sleeve)
-        pen.disc(x, y, 9.5, skin)
+    for hand, shoulder, elbow in zip(by_side, ((30 + lean, 72), (70 + lean, 72)), (-14, 14), strict=True):
+        bend = ((shoulder[0] + hand[0]) / 2 + elbow, (shoulder[1] + hand[1]) / 2 + 10)
+        pen.line([shoulder, bend, hand], 8, sleeve)
+        pen.disc(*hand, 9.5, skin)
 
 
 def _draw_screen(pen: Pen) -> None:
@@ -114,7 +118,12 @@ def _draw_screen(pen: Pen) -> None:
     for i in range(4):
         x0, x1 = 2 + 24 * i, 26 + 24 * i
         up, down = (0, 5) if i % 2 else (5, 0)
-        pen.polygon([(x0, 14 + up), (x1, 14 + down), (x1, 192 + down), (x0, 192 + up)], shade(SCREEN, 0.85 + 0.3 * (i % 2)), (60, 64, 48), 2)
+        pen.polygon(
+            [(x0, 14 + up), (x1, 14 + down), (x1, 192 + down), (x0, 192 + up)],
+            shade(SCREEN, 0.85 + 0.3 * (i % 2)),
+            (60, 64, 48),
+            2,
+        )
 
 
 def _background(scene: Scene, rng: np.random.Generator) -> Frame:
@@ -140,22 +149,26 @@ def _indoor(draw: ImageDraw.ImageDraw, size: int, rng: np.random.Generator) -> N
     boards = _vary((168, 128, 96), rng)
     draw.rectangle((0, floor_at, size, size), fill=boards)
     for i in range(5):
-        y = floor_at + (size - floor_at) * i // 5
-        draw.line((0, y, size, y), fill=shade(boards, 0.85))
+        row = floor_at + (size - floor_at) * i // 5
+        draw.line((0, row, size, row), fill=shade(boards, 0.85))
     x = size * rng.uniform(0.05, 0.75)
     y, w = size * 0.06, size * rng.uniform(0.14, 0.24)
-    draw.rectangle((x, y, x + w, y + 0.8 * w), fill=_vary((186, 194, 200), rng), outline=(120, 100, 80), width=max(1, size // 64))
+    draw.rectangle(
+        (x, y, x + w, y + 0.8 * w), fill=_vary((186, 194, 200), rng), outline=(120, 100, 80), width=max(1, size // 64)
+    )
     x = size * rng.uniform(0.1, 0.9)
     draw.line((x, 0, x, size * 0.08), fill=(90, 90, 90))
-    draw.polygon(((x - size * 0.05, size * 0.12), (x + size * 0.05, size * 0.12), (x, size * 0.06)), fill=(250, 236, 180))
+    draw.polygon(
+        ((x - size * 0.05, size * 0.12), (x + size * 0.05, size * 0.12), (x, size * 0.06)), fill=(250, 236, 180)
+    )
 
 
 def _outdoor(draw: ImageDraw.ImageDraw, size: int, rng: np.random.Generator) -> None:
     """Sky, sun, hills, trees and a meadow."""
     ground_at = round(size * rng.uniform(0.66, 0.76))
     sky, meadow = _vary((160, 206, 244), rng), _vary((150, 196, 120), rng)
-    for y in range(ground_at):
-        draw.line((0, y, size, y), fill=shade(sky, 0.95 + 0.13 * y / ground_at))
+    for row in range(ground_at):
+        draw.line((0, row, size, row), fill=shade(sky, 0.95 + 0.13 * row / ground_at))
     x, y, r = size * rng.uniform(0.1, 0.9), size * 0.1, size * 0.05
     draw.ellipse((x - r, y - r, x + r, y + r), fill=(255, 244, 190))
     hill = _vary((140, 178, 150), rng)

@@ -1,7 +1,8 @@
 """Plan a split: which scenes, and which of the questions they answer are asked, so that no answer is a good guess.
 
-The template asked least so far comes first, with its most missing answer; scenes are drawn until one gives that answer; then the scene's other
-questions fill whatever else lacks most. Answers are kept level for each template and for each filled question ("Is there a violin sound?").
+The template asked least so far comes first, with its most missing answer; scenes are drawn until one gives that
+answer; then the scene's other questions fill whatever else lacks most. Answers are kept level for each template and
+for each filled question ("Is there a violin sound?").
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from sparsify.data.templates import INSTRUMENTS, TEMPLATES, Template
-from sparsify.synth.casting import cast, plan_for
+from sparsify.synth.casting import cast
+from sparsify.synth.plans import plan_for
 from sparsify.synth.questions import COUNTS, Candidate, candidates_of
 from sparsify.synth.scene import Scene
 
@@ -103,7 +105,10 @@ class _Ledger:
 def plan_split(
     count: int, rng: random.Random, *, seconds: float, size: int, questions: tuple[int, int], used: set[str]
 ) -> Iterator[PlannedClip]:
-    """``count`` clips with ``questions`` (least, most) questions each. Scenes in ``used`` are not drawn again; new ones are added."""
+    """``count`` clips with ``questions`` (least, most) questions each.
+
+    Scenes in ``used`` are not drawn again; new ones are added.
+    """
     ledger = _Ledger()
     for _ in range(count):
         scene, first = _first_question(ledger, rng, seconds, size, used)
@@ -158,8 +163,13 @@ def _pick(ledger: _Ledger, fitting: list[Candidate], rng: random.Random) -> Cand
     """The most needed of the ``fitting`` questions from one template."""
     if rng.random() < HARD:
         fitting = [c for c in fitting if c.hard] or fitting
-    if fitting[0].template.text.startswith(("Is there a <", "Are there")):  # "no" is true of many more instruments than "yes"
-        answer = max(sorted({c.answer for c in fitting}), key=lambda a: (ledger.missing(fitting[0].template.text, a), rng.random()))
+    if fitting[0].template.text.startswith(
+        ("Is there a <", "Are there")
+    ):  # "no" is true of many more instruments than "yes"
+        answer = max(
+            sorted({c.answer for c in fitting}),
+            key=lambda a: (ledger.missing(fitting[0].template.text, a), rng.random()),
+        )
         fitting = [c for c in fitting if c.answer == answer]
     rng.shuffle(fitting)
     return min(fitting, key=ledger.need)

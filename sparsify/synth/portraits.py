@@ -1,7 +1,9 @@
-"""Draw each of the 22 instruments with its player: big, in its own shape and colour, so that 25 pixels of width are enough to name it.
+"""Draw each of the 22 instruments with its player: big, in its own shape and colour, so that 25 pixels of width are
+enough to name it.
 
-Every drawing takes the pen and the pose: ``phase`` in {-1, 0, 1} moves hands, bows and sticks of a player that moves; a player at rest (``phase`` None)
-holds the instrument still, arms hanging down. It returns where the two hands are when they are on the instrument.
+Every drawing takes the pen and the pose: ``phase`` in {-1, 0, 1} moves hands, bows and sticks of a player that
+moves; a player at rest (``phase`` None) holds the instrument still, arms hanging down. It returns where the two
+hands are when they are on the instrument.
 """
 
 from __future__ import annotations
@@ -67,7 +69,9 @@ def erhu(pen: Pen, phase: int) -> Hands:
     return (46, 84 + 8 * phase), hand
 
 
-def _guitar(pen: Pen, x: float, y: float, s: float, body: Color, angle: float, hole: Color = BLACK) -> Callable[[float, float], Point]:
+def _guitar(
+    pen: Pen, x: float, y: float, s: float, body: Color, angle: float, hole: Color = BLACK
+) -> Callable[[float, float], Point]:
     def at(u: float, v: float) -> Point:
         return x + s * (u * math.cos(angle) - v * math.sin(angle)), y + s * (u * math.sin(angle) + v * math.cos(angle))
 
@@ -101,7 +105,19 @@ def electric_bass(pen: Pen, phase: int) -> Hands:
     def at(u: float, v: float) -> Point:
         return 38 + u * c - v * s, 132 + u * s + v * c
 
-    outline = [(-26, -14), (-4, -16), (8, -22), (26, -20), (14, -9), (14, 7), (24, 17), (8, 19), (-6, 15), (-24, 17), (-32, 2)]
+    outline = [
+        (-26, -14),
+        (-4, -16),
+        (8, -22),
+        (26, -20),
+        (14, -9),
+        (14, 7),
+        (24, 17),
+        (8, 19),
+        (-6, 15),
+        (-24, 17),
+        (-32, 2),
+    ]
     pen.polygon([at(u, v) for u, v in outline], blue, shade(blue, 0.5), 2.5)
     pen.polygon([at(u, v) for u, v in [(-14, -6), (8, -9), (10, 9), (-12, 9)]], WHITE)
     pen.line([at(4, 0), at(84, 0)], 6, (52, 32, 22))
@@ -126,7 +142,24 @@ def pipa(pen: Pen, phase: int) -> Hands:
     pen.line([(50, 32), (42, 18)], 8, dark)
     for y in (42, 52, 62):
         pen.line([(38, y), (62, y)], 3, dark)
-    pen.polygon([(45, 78), (55, 78), (66, 104), (76, 130), (74, 152), (62, 166), (50, 169), (38, 166), (26, 152), (24, 130), (34, 104)], body, dark, 3)
+    pen.polygon(
+        [
+            (45, 78),
+            (55, 78),
+            (66, 104),
+            (76, 130),
+            (74, 152),
+            (62, 166),
+            (50, 169),
+            (38, 166),
+            (26, 152),
+            (24, 130),
+            (34, 104),
+        ],
+        body,
+        dark,
+        3,
+    )
     for y in (92, 102, 112, 120):
         pen.line([(43, y), (57, y)], 2, dark)
     pen.line([(40, 150), (60, 150)], 4, dark)
@@ -288,7 +321,9 @@ def drum(pen: Pen, phase: int) -> Hands:
         pen.ellipse(x, 110, 15, 5, WHITE)
     for x, tilt in ((14, -4), (86, 4)):
         pen.line([(x, 92), (x, 194)], 2.5, (120, 124, 130))
-        pen.polygon([(x - 14, 90 + tilt), (x + 14, 90 - tilt), (x + 14, 94 - tilt), (x - 14, 94 + tilt)], (246, 204, 60))
+        pen.polygon(
+            [(x - 14, 90 + tilt), (x + 14, 90 - tilt), (x + 14, 94 - tilt), (x - 14, 94 + tilt)], (246, 204, 60)
+        )
     left, right = (34, 92 - 15 * phase), (66, 92 + 15 * phase)
     for hand, end in ((left, (26, 106 - 13 * phase)), (right, (74, 106 + 13 * phase))):
         pen.line([hand, end], 3.2, (246, 214, 150))
@@ -298,7 +333,12 @@ def drum(pen: Pen, phase: int) -> Hands:
 def congas(pen: Pen, phase: int) -> Hands:
     teal = (18, 158, 160)
     for x in (27, 73):
-        pen.polygon([(x - 19, 120), (x + 19, 120), (x + 23, 146), (x + 13, 194), (x - 13, 194), (x - 23, 146)], teal, shade(teal, 0.5), 2)
+        pen.polygon(
+            [(x - 19, 120), (x + 19, 120), (x + 23, 146), (x + 13, 194), (x - 13, 194), (x - 23, 146)],
+            teal,
+            shade(teal, 0.5),
+            2,
+        )
         for y, w in ((130, 20), (176, 16)):
             pen.line([(x - w, y), (x + w, y)], 3, (226, 230, 232))
         pen.ellipse(x, 119, 20, 7, (248, 238, 214), BLACK, 1.6)
@@ -306,7 +346,15 @@ def congas(pen: Pen, phase: int) -> Hands:
 
 
 def xylophone(pen: Pen, phase: int) -> Hands:
-    colors = ((220, 40, 40), (240, 130, 30), (246, 214, 40), (70, 180, 70), (40, 160, 200), (50, 80, 200), (140, 60, 180))
+    colors = (
+        (220, 40, 40),
+        (240, 130, 30),
+        (246, 214, 40),
+        (70, 180, 70),
+        (40, 160, 200),
+        (50, 80, 200),
+        (140, 60, 180),
+    )
     for x in (14, 86):
         pen.line([(x, 150), (x, 195)], 4, (90, 60, 40))
     for i, color in enumerate(colors):
@@ -322,10 +370,9 @@ def xylophone(pen: Pen, phase: int) -> Hands:
     return left, right
 
 
-PORTRAITS: dict[str, Callable[[Pen, int], Hands]] = {
-    f.__name__: f
-    for f in (
-        accordion, acoustic_guitar, bagpipe, banjo, bassoon, cello, clarinet, congas, drum, electric_bass, erhu, flute, guzheng, piano, pipa,
-        saxophone, suona, trumpet, tuba, ukulele, violin, xylophone,
-    )
-}  # fmt: skip
+_ALL = (
+    accordion, acoustic_guitar, bagpipe, banjo, bassoon, cello, clarinet, congas, drum, electric_bass, erhu, flute,
+    guzheng, piano, pipa, saxophone, suona, trumpet, tuba, ukulele, violin, xylophone,
+)  # fmt: skip
+
+PORTRAITS: dict[str, Callable[[Pen, int], Hands]] = {portrait.__name__: portrait for portrait in _ALL}

@@ -4,21 +4,22 @@ What the questions mean here:
 
 - *heard* (Audio templates): every instrument that sounds, in the picture or not;
 - *seen* (Visual templates): every player in the picture, whether he plays, pretends to or rests;
-- Audio-Visual templates are about the players in the picture and what *they* play: an instrument that sounds unseen is none of "the
-  instruments in the video", comes in neither first nor last and is never the loudest.
+- Audio-Visual templates are about the players in the picture and what *they* play: an instrument that sounds unseen
+  is none of "the instruments in the video", comes in neither first nor last and is never the loudest.
 
-Of several seen players of one instrument that is heard, those sound that move while it is heard. Ordinals and "first", "last" go by the time an
-instrument comes in. "The instrument on the left of the cello" is its neighbour. Comparisons need a clear margin, or are not asked.
+Of several seen players of one instrument that is heard, those sound that move while it is heard. Ordinals and
+"first", "last" go by the time an instrument comes in. "The instrument on the left of the cello" is its neighbour.
+Comparisons need a clear margin, or are not asked.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from itertools import permutations
+from itertools import pairwise, permutations
 from typing import NamedTuple
 
-from sparsify.data.templates import INSTRUMENTS, TEMPLATES, Template, tidy
+from sparsify.data.templates import INSTRUMENTS, Template, tidy
 from sparsify.synth.scene import Player, Scene, Voice, duration, overlap, place_name
 
 __all__ = ["COUNTS", "Candidate", "candidates_of"]
@@ -83,8 +84,6 @@ def _distinct(scene: Scene) -> bool:
     return len(names) == len(set(names))
 
 
-
-
 def _is_sound(scene: Scene) -> Found:
     heard, seen = _heard_names(scene), _seen_names(scene)
     for name in INSTRUMENTS:
@@ -132,8 +131,6 @@ def _enough(*voices: Voice) -> bool:
 
 def _rhythms_differ(a: Voice, b: Voice) -> bool:
     return max(a.rate, b.rate) >= RHYTHM * min(a.rate, b.rate) and _enough(a, b)
-
-
 
 
 def _is_seen(scene: Scene) -> Found:
@@ -188,8 +185,6 @@ def _outermost(scene: Scene) -> Found:
         yield ("rightest",), scene.seen[-1].instrument, False
 
 
-
-
 def _from_the_video(scene: Scene) -> Found:
     if len(scene.heard) == 1 and len(scene.seen) == 1 and not any(p.hidden for p in scene.players):
         yield (), _yes(scene.heard[0].instrument in _seen_names(scene)), False
@@ -211,8 +206,6 @@ def _voiceover(scene: Scene) -> Found:
     yield (), _yes(scene.voiceover is not None), False
 
 
-
-
 def _where_loudest(scene: Scene) -> Found:
     sounding = _sounding(scene)
     if len(sounding) < 2 or not _distinct(scene) or not _enough(*(v for _, _, v in sounding)):
@@ -227,7 +220,7 @@ def _where_loudest(scene: Scene) -> Found:
 def _order(scene: Scene) -> list[tuple[int, Player, Voice]]:
     """The seen players that sound in the order they come in; empty when the order is not clear."""
     order = sorted(_sounding(scene), key=lambda entry: entry[2].onset)
-    clear = all(b[2].onset - a[2].onset >= LATER for a, b in zip(order, order[1:], strict=False))
+    clear = all(b[2].onset - a[2].onset >= LATER for a, b in pairwise(order))
     return order if clear and _distinct(scene) else []
 
 
@@ -268,8 +261,6 @@ def _neighbour_of_first(scene: Scene) -> Found:
                 yield (side, word), scene.seen[j].instrument, scene.seen[j].voice is None
 
 
-
-
 def _how_many_sounding(scene: Scene) -> Found:
     count = len(_sounding(scene))
     yield (), COUNTS[count], count not in (len(scene.seen), len(scene.heard))
@@ -289,8 +280,6 @@ def _how_many_sounding_of(scene: Scene) -> Found:
     sounding = Counter(p.instrument for _, p, _ in _sounding(scene))
     for name in sorted(seen | Counter(_heard_names(scene))):
         yield (name,), COUNTS[sounding[name]], sounding[name] != seen[name]
-
-
 
 
 def _comparable(scene: Scene) -> Iterator[tuple[tuple[int, Player], tuple[int, Player], bool]]:
@@ -337,8 +326,6 @@ def _named_against_named(rhythm: bool) -> Callable[[Scene], Found]:
 
 def _place(scene: Scene, index: int) -> str:
     return place_name(index, len(scene.seen)) or ""
-
-
 
 
 def _where_first(scene: Scene) -> Found:

@@ -1,7 +1,9 @@
-"""What a rendered clip shows and plays: the ground truth from which pictures, sound, questions and answers are all made.
+"""What a rendered clip shows and plays: the ground truth from which pictures, sound, questions and answers are all
+made.
 
-Times are seconds from the start of the clip, boxes pixels ``(x0, y0, x1, y1)`` with ``x1`` and ``y1`` exclusive, levels dB (K-weighted as in ITU-R
-BS.1770, averaged over the time a voice sounds; only differences within a clip are meaningful), rates notes a second.
+Times are seconds from the start of the clip, boxes pixels ``(x0, y0, x1, y1)`` with ``x1`` and ``y1`` exclusive,
+levels dB (K-weighted as in ITU-R BS.1770, averaged over the time a voice sounds; only differences within a clip are
+meaningful), rates notes a second.
 """
 
 from __future__ import annotations
@@ -36,7 +38,10 @@ class Voice:
 
 @dataclass(frozen=True, slots=True)
 class Player:
-    """A musician, from left to right in ``Scene.players``. A hidden one stands behind a screen: heard at most, never seen."""
+    """A musician, from left to right in ``Scene.players``.
+
+    A hidden one stands behind a screen: heard at most, never seen.
+    """
 
     instrument: str
     box: tuple[int, int, int, int]
@@ -103,7 +108,9 @@ def overlap(one: tuple[Interval, ...], other: tuple[Interval, ...]) -> float:
 
 
 def place_name(index: int, count: int) -> str | None:
-    """``left``, ``middle`` or ``right`` for player ``index`` of ``count``; None where nobody would call it one of these."""
+    """``left``, ``middle`` or ``right`` for player ``index`` of ``count``; None where nobody would call it one
+    of these.
+    """
     if count < 2:
         return None
     if index == 0:

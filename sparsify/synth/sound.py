@@ -1,4 +1,6 @@
-"""Render the sound of a scene: instruments through a General MIDI sound font, a voiceover from formants, at the scene's levels and times."""
+"""Render the sound of a scene: instruments through a General MIDI sound font, a voiceover from formants, at the
+scene's levels and times.
+"""
 
 from __future__ import annotations
 
@@ -97,7 +99,9 @@ def _fast_length(n: int) -> int:
 
 @functools.cache
 def _k_weights(bins: int) -> NDArray[np.float32]:
-    """Squared gain of BS.1770's two filters: a high pass at 38 Hz (Q 0.5) and a shelf of +4 dB above 1682 Hz (Q 0.71)."""
+    """Squared gain of BS.1770's two filters: a high pass at 38 Hz (Q 0.5) and a shelf of +4 dB above 1682 Hz (Q
+    0.71).
+    """
     s = 1j * np.linspace(0, SAMPLE_RATE / 2, bins)
     high_pass = s**2 / (s**2 + s * 38.1 / 0.5003 + 38.1**2)
     top = 10 ** (4.0 / 20)
@@ -134,14 +138,16 @@ def _play(voice: Voice, samples: int, rng: np.random.Generator) -> NDArray[np.fl
     sound = INSTRUMENT_SOUNDS[voice.instrument]
     synth, font = _synth()
     synth.sounds_off(0)
-    synth.program_select(0, font, 128 if sound.percussion else 0, 0 if sound.percussion else sound.program, bool(sound.percussion))
+    synth.program_select(
+        0, font, 128 if sound.percussion else 0, 0 if sound.percussion else sound.program, bool(sound.percussion)
+    )
     synth.pitchbend(0, 8192)
     wave = np.zeros((samples, 2), np.float32)
     at = 0
     for seconds, _, what, value in sorted(_events(voice, sound, rng)):
         until = min(samples, round(seconds * SAMPLE_RATE))
         if until > at:
-            synth.generate(until - at, memoryview(wave[at:until]).cast("B"))
+            synth.generate(until - at, wave[at:until].data.cast("B"))
             at = until
         if what == "on":
             synth.noteon(0, value, VELOCITY)
@@ -150,7 +156,7 @@ def _play(voice: Voice, samples: int, rng: np.random.Generator) -> NDArray[np.fl
         else:
             synth.pitchbend(0, value)
     if at < samples:
-        synth.generate(samples - at, memoryview(wave[at:]).cast("B"))
+        synth.generate(samples - at, wave[at:].data.cast("B"))
     synth.sounds_off(0)
     return (wave[:, 0] + wave[:, 1]) * np.float32(0.5)
 
@@ -178,7 +184,10 @@ def _events(voice: Voice, sound: InstrumentSound, rng: np.random.Generator) -> l
                 base = keys[place] + (0, 5, -5, 9, -9)[voice.part % 5]
                 chord = tuple(base + interval for interval in sound.chord)
             for j, key in enumerate(chord):
-                events += [(on + j * sound.spread, 1, "on", key), (max(off, on + j * sound.spread + 0.02), 0, "off", key)]
+                events += [
+                    (on + j * sound.spread, 1, "on", key),
+                    (max(off, on + j * sound.spread + 0.02), 0, "off", key),
+                ]
             events += _bends(sound, on, off)
     return events
 

@@ -1,6 +1,8 @@
-"""Stand-in clips for a real annotation file: rendered under its video ids, showing what its questions speak of as far as that is easy.
+"""Stand-in clips for a real annotation file: rendered under its video ids, showing what its questions speak of as
+far as that is easy.
 
-They serve to run check, training and evaluation on the real file without its videos. The answers are not promised to be true.
+They serve to run check, training and evaluation on the real file without its videos. The answers are not promised
+to be true.
 """
 
 from __future__ import annotations
@@ -14,7 +16,8 @@ from pathlib import Path
 from sparsify.data.music_avqa import Question, read_split
 from sparsify.data.templates import INSTRUMENTS
 from sparsify.errors import DataError, UsageError
-from sparsify.synth.casting import MAX_PLAYERS, Plan, cast
+from sparsify.synth.casting import cast
+from sparsify.synth.plans import MAX_PLAYERS, Plan
 from sparsify.synth.questions import COUNTS
 from sparsify.synth.scene import Scene
 from sparsify.synth.sound import check_sound_font
@@ -35,9 +38,11 @@ def write_standins(
     workers: int | None = None,
     progress: Progress | None = None,
 ) -> list[str]:
-    """Render ``ROOT/videos/<id>.mp4`` for the first ``videos`` video ids of ``annotations``, copy that file to ``ROOT/annotations``, return the ids.
+    """Render ``ROOT/videos/<id>.mp4`` for the first ``videos`` video ids of ``annotations``, copy that file to
+        ``ROOT/annotations``, return the ids.
 
-    Files that are there already are kept, so that real videos are never replaced. Deterministic in ``seed`` and the file.
+    Files that are there already are kept, so that real videos are never replaced. Deterministic in ``seed`` and the
+    file.
     """
     check_sound_font()
     if videos < 1:
@@ -62,7 +67,9 @@ def write_standins(
 
 
 def _scene(questions: tuple[Question, ...], rng: random.Random, seconds: float, size: int) -> Scene:
-    """A scene with the instruments that the questions and answers name, as many as they count, in the place they say."""
+    """A scene with the instruments that the questions and answers name, as many as they count, in the place
+    they say.
+    """
     answers = [q.answer for q in questions]
     named = [word for q in questions if q.answer != "no" for word in (*q.values, q.answer) if word in INSTRUMENTS]
     names = list(dict.fromkeys(named)) or [rng.choice(INSTRUMENTS)]
@@ -70,7 +77,9 @@ def _scene(questions: tuple[Question, ...], rng: random.Random, seconds: float, 
     names = (names + [names[0]] * max(0, counted - len(names)))[:MAX_PLAYERS]
     scene = cast(Plan(seen=len(names), sounding=len(names), voiceover=_has_voiceover(questions)), rng, seconds, size)
     players = [
-        replace(p, instrument=name, voice=replace(p.voice, instrument=name, part=names[:i].count(name)) if p.voice else None)
+        replace(
+            p, instrument=name, voice=replace(p.voice, instrument=name, part=names[:i].count(name)) if p.voice else None
+        )
         for i, (p, name) in enumerate(zip(scene.players, names, strict=True))
     ]
     place = next((a for a in answers if a in ("indoor", "outdoor")), scene.place)

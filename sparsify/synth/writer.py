@@ -1,7 +1,8 @@
 """Write the built-in data set: plan scenes and questions, render the clips in parallel, put the annotations last.
 
-A folder is the whole data set or visibly not yet: every file appears whole, the annotation files only when all clips are there, and ``synth.json``, which
-holds the settings, before anything else. The same command therefore finishes what an interrupted one began, and does nothing to a finished set.
+A folder is the whole data set or visibly not yet: every file appears whole, the annotation files only when all
+clips are there, and ``synth.json``, which holds the settings, before anything else. The same command therefore
+finishes what an interrupted one began, and does nothing to a finished set.
 """
 
 from __future__ import annotations
@@ -51,13 +52,14 @@ def write(
 ) -> Path:
     """Write ``train``, ``val`` and ``test`` clips with their annotations to ``root`` and return it.
 
-    Clips last ``seconds``, have ``size`` x ``size`` pixels at ``fps`` frames a second, and between ``questions[0]`` and ``questions[1]`` questions each.
-    The result depends on the settings alone, never on ``workers`` (processes; None: one for each core). ``progress(done, total)`` counts clips.
-    Raises ``UsageError`` for settings out of range, a missing sound font, and a ``root`` that holds another data set.
+    Clips last ``seconds``, have ``size`` x ``size`` pixels at ``fps`` frames a second, and between ``questions[0]``
+    and ``questions[1]`` questions each. The result depends on the settings alone, never on ``workers`` (processes;
+    None: one for each core). ``progress(done, total)`` counts clips. Raises ``UsageError`` for settings out of range, a
+    missing sound font, and a ``root`` that holds another data set.
     """
     settings: dict[str, Any] = {
-        "version": VERSION, "train": train, "val": val, "test": test, "seed": seed, "seconds": float(seconds), "size": size,
-        "fps": fps, "questions": list(questions),
+        "version": VERSION, "train": train, "val": val, "test": test, "seed": seed, "seconds": float(seconds),
+        "size": size, "fps": fps, "questions": list(questions),
     }  # fmt: skip
     _check(settings)
     if workers is not None and workers < 1:
@@ -91,7 +93,9 @@ def _check(settings: dict[str, Any]) -> None:
         need(isinstance(settings[split], int) and settings[split] >= 0, split, "a number of clips, 0 or more")
     need(any(settings[split] for split in SPLITS), "train", "at least one clip in train, val and test together")
     need(3.0 <= settings["seconds"] <= 600, "seconds", "between 3 and 600")
-    need(32 <= settings["size"] <= 2048 and settings["size"] % 2 == 0, "size", "an even number of pixels from 32 to 2048")
+    need(
+        32 <= settings["size"] <= 2048 and settings["size"] % 2 == 0, "size", "an even number of pixels from 32 to 2048"
+    )
     need(1 <= settings["fps"] <= 60, "fps", "between 1 and 60")
     least, most = settings["questions"]
     need(1 <= least <= most, "questions", "(least, most) with 1 <= least <= most")
@@ -107,10 +111,9 @@ def _claim(root: Path, settings: dict[str, Any]) -> None:
             raise UsageError(f"synth: {path}: cannot be read ({error}); choose another folder") from error
         if found != settings:
             found = found if isinstance(found, dict) else {}
-            differing = next(key for key in (*settings, *found) if found.get(key) != settings.get(key))
-            raise UsageError(
-                f"synth: {root} holds a data set with {differing} = {found.get(differing)!r}, not {settings.get(differing)!r}; choose another folder"
-            )
+            name = next(key for key in (*settings, *found) if found.get(key) != settings.get(key))
+            difference = f"{name} = {found.get(name)!r}, not {settings.get(name)!r}"
+            raise UsageError(f"synth: {root} holds a data set with {difference}; choose another folder")
     elif root.exists() and not root.is_dir():
         raise UsageError(f"synth: {root} is a file; expected a folder")
     elif any((root / name).exists() for name in ("annotations", "videos", "scenes.jsonl")):
@@ -156,7 +159,8 @@ def _rows(video_id: str, clip: PlannedClip) -> Iterator[dict[str, Any]]:
 
 
 def render_clips(jobs: list[Job], *, workers: int | None = None, progress: Progress | None = None) -> None:
-    """Render the jobs whose file is not there yet, in ``workers`` processes; ``progress(done, total)`` counts all of them.
+    """Render the jobs whose file is not there yet, in ``workers`` processes; ``progress(done, total)`` counts all
+    of them.
 
     An interrupt leaves whole files only. Raises ``DataError`` when a file cannot be written or a worker dies.
     """
@@ -181,13 +185,12 @@ def _run(chunks: list[list[Job]], workers: int) -> Iterator[int]:
     # Spawned, not forked: the caller may hold threads (torch's pool), which a fork would freeze in the child.
     with _pool(workers) as pool:
         waiting: set[Future[int]] = {pool.submit(_render_chunk, chunk) for chunk in chunks}
-        while waiting:
-            ready, waiting = wait(waiting, return_when="FIRST_COMPLETED")
-            for future in ready:
-                try:
-                    yield future.result()
-                except BrokenProcessPool as error:
-                    raise DataError("synth: a rendering process died; run the same command again to go on") from error
+        try:
+            while waiting:
+                ready, waiting = wait(waiting, return_when="FIRST_COMPLETED")
+                yield from (future.result() for future in ready)
+        except BrokenProcessPool as error:
+            raise DataError("synth: a rendering process died; run the same command again to go on") from error
 
 
 @contextmanager
@@ -207,12 +210,16 @@ def _ignore_interrupt() -> None:
 
 
 def _render_chunk(chunk: list[Job]) -> int:
-    for scene, path, fps in chunk:
-        try:
-            render_clip(Scene.from_dict(scene), Path(path), fps)
-        except OSError as error:
-            raise DataError(f"synth: {path} cannot be written: {error.strerror or error}") from error
+    for job in chunk:
+        _render(*job)
     return len(chunk)
+
+
+def _render(scene: dict[str, Any], path: str, fps: int) -> None:
+    try:
+        render_clip(Scene.from_dict(scene), Path(path), fps)
+    except OSError as error:
+        raise DataError(f"synth: {path} cannot be written: {error.strerror or error}") from error
 
 
 def settle(path: Path, text: str) -> None:
@@ -223,4 +230,3 @@ def settle(path: Path, text: str) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
-

@@ -52,7 +52,9 @@ class Oracle:
         return {"left": 0, "right": n - 1, "middle": n // 2}[word]
 
     def word(self, index):
-        return next(w for w in ("left", "right", "middle") if (w != "middle" or len(self.seen) % 2) and self.at(w) == index)
+        return next(
+            w for w in ("left", "right", "middle") if (w != "middle" or len(self.seen) % 2) and self.at(w) == index
+        )
 
     def sounders(self):
         return [i for i, plays in enumerate(self.plays) if plays.any()]
@@ -173,7 +175,9 @@ class Oracle:
             "Where is the <LL> instrument?": o.by_level,
             "Is the <FL> sound coming from the <LR> instrument?": lambda f, w: yes(o.first_or_last(f) == o.at(w)),
             "Which is the musical instrument that sounds at the same time as the <Object>?": o.at_the_same_time,
-            "What is the <LR> instrument of the <FL> sounding instrument?": lambda s, f: o.next_to(s, o.first_or_last(f)),
+            "What is the <LR> instrument of the <FL> sounding instrument?": lambda s, f: o.next_to(
+                s, o.first_or_last(f)
+            ),
             "How many instruments are sounding in the video?": lambda: count(len(sounding)),
             "How many types of musical instruments sound in the video?": lambda: count(len(set(sounding))),
             "How many instruments in the video did not sound from beginning to end?": lambda: count(
@@ -251,7 +255,8 @@ def test_the_floor_learnt_on_one_split_is_low_on_another(clips):
     asked = [q for c in other for q in c.questions]
     template = sum(by_template[q.template].most_common(1)[0][0] == q.answer for q in asked)
     filled = sum(
-        (by_filled.get((q.template, q.values)) or by_template[q.template]).most_common(1)[0][0] == q.answer for q in asked
+        (by_filled.get((q.template, q.values)) or by_template[q.template]).most_common(1)[0][0] == q.answer
+        for q in asked
     )
     assert max(template, filled) / len(asked) <= 0.4
 

@@ -161,12 +161,21 @@ def test_a_missing_sound_font_says_what_to_install(tmp_path, monkeypatch):
 
 
 def row(video_id, question_id, kind, text, values, answer):
-    return dict(zip(FIELDS, [video_id, question_id, json.dumps(kind), text, json.dumps(values), 0, answer], strict=True))
+    return dict(
+        zip(FIELDS, [video_id, question_id, json.dumps(kind), text, json.dumps(values), 0, answer], strict=True)
+    )
 
 
 def test_standins_show_what_the_questions_speak_of(tmp_path, monkeypatch):
     rows = [
-        row("00000028", 1, ["Audio-Visual", "Existential"], "Is the <Object> in the video always playing?", ["ukulele"], "yes"),
+        row(
+            "00000028",
+            1,
+            ["Audio-Visual", "Existential"],
+            "Is the <Object> in the video always playing?",
+            ["ukulele"],
+            "yes",
+        ),
         row("00000028", 2, ["Visual", "Location"], "Where is the performance?", [], "outdoor"),
         row("00000300", 3, ["Visual", "Counting"], "How many <Object> are in the entire video?", ["cello"], "three"),
         row("00000400", 4, ["Visual", "Counting"], "How many <Object> are in the entire video?", ["cello"], "two"),
