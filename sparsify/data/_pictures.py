@@ -10,6 +10,7 @@ import av
 import av.error
 import numpy as np
 from av.stream import Discard
+from av.video.reformatter import VideoReformatter
 
 from sparsify.data._streams import Container, Scan, VideoStream
 from sparsify.errors import MediaError
@@ -79,6 +80,7 @@ def _by_runs(
     """Decode the frames at ``times`` by the packet table: from key frames on, leaving out what nothing else needs."""
     wanted = _packets_shown_at(scan, float(video.time_base), times)
     pictures: dict[int, np.ndarray] = {}  # by timestamp
+    scaler = VideoReformatter()  # keeps its tables from frame to frame
     # In H.264 a frame marked as not for reference changes no other frame, so it is only decoded where it is wanted
     # itself. (HEVC's mark speaks of one temporal layer alone.)
     skip = video.codec_context.name == "h264"
@@ -86,7 +88,7 @@ def _by_runs(
         keep = {scan.pts[i] for i in wanted if start <= i < stop}
         for frame in _decode_run(container, video, scan, start, stop, keep if skip else None):
             if frame.pts in keep:
-                pictures[frame.pts] = _picture(frame, size)
+                pictures[frame.pts] = _picture(frame, size, scaler)
     return {n: pictures[scan.pts[i]] for n, i in enumerate(wanted) if scan.pts[i] in pictures}
 
 
@@ -152,19 +154,20 @@ def _in_one_pass(
     order = sorted(range(len(times)), key=lambda n: times[n])
     rate = float(video.average_rate or video.guessed_rate or 25)
     found: dict[int, np.ndarray] = {}
+    scaler = VideoReformatter()
     before: av.VideoFrame | None = None
     count = 0
     for frame in _all_frames(container, video):
         ticks = frame.pts if frame.pts is not None else frame.dts
         at = float(ticks * video.time_base) - start if ticks is not None else count / rate
         while order and times[order[0]] + _EPSILON < at:
-            found[order.pop(0)] = _picture(before or frame, size)
+            found[order.pop(0)] = _picture(before or frame, size, scaler)
         before, count = frame, count + 1
         if not order:
             break
     if before is not None:
         # The last frame stays on screen. Far beyond it nothing could be decoded: that is damage, not a long last frame.
-        found |= {n: _picture(before, size) for n in order}
+        found |= {n: _picture(before, size, scaler) for n in order}
     return found
 
 
@@ -186,10 +189,10 @@ def _decode(video: VideoStream, packet: av.Packet | None) -> list[av.VideoFrame]
         return []
 
 
-def _picture(frame: av.VideoFrame, size: int) -> np.ndarray:
+def _picture(frame: av.VideoFrame, size: int, scaler: VideoReformatter) -> np.ndarray:
     """uint8 [size, size, 3] in RGB, upright. AREA averages what a pixel covers: no aliasing, and cheaper than
     bicubic.
     """
-    square = frame.reformat(width=size, height=size, format="rgb24", interpolation="AREA")
+    square = scaler.reformat(frame, width=size, height=size, format="rgb24", interpolation="AREA")
     # Turning the square is turning the frame: the resize makes width and height the same.
     return np.ascontiguousarray(np.rot90(square.to_ndarray(), quarter_turns(frame)))

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple, TypeAlias
 
@@ -17,6 +17,7 @@ from sparsify.errors import MediaError
 __all__ = [
     "Container",
     "Scan",
+    "Track",
     "VideoStream",
     "audio_stream",
     "declared_seconds",
@@ -47,7 +48,7 @@ class Scan(NamedTuple):
     extents: list[tuple[str, float, float]]  # (stream, readable seconds, declared seconds)
 
 
-@contextmanager
+@contextlib.contextmanager
 def opened(path: str | Path) -> Iterator[Container]:
     """The open container of ``path``; ``MediaError`` with the reason when it cannot be opened."""
     try:
@@ -122,8 +123,10 @@ def declared_seconds(container: Container, stream: av.stream.Stream) -> float:
     return container.duration / av.time_base if container.duration else 0.0
 
 
-def scan(container: Container, path: str | Path) -> Scan:
-    """Read every packet from the start and decode none: the pictures' timestamps, and how far the file really goes.
+def scan(container: Container, path: str | Path, track: Track | None = None) -> Scan:
+    """Read every packet from the start: the pictures' timestamps, and how far the file really goes.
+
+    Nothing is decoded but, where a ``track`` is given, the sound: into it.
 
     Raises ``MediaError`` when there is nothing to read.
     """
@@ -139,9 +142,11 @@ def scan(container: Container, path: str | Path) -> Scan:
     try:
         for packet in container.demux(streams):
             at = packet.pts if packet.pts is not None else packet.dts
+            index = packet.stream_index
+            if track is not None and audio is not None and index == audio.index:
+                track.hear(packet)
             if at is None:  # the flush at the end of each stream
                 continue
-            index = packet.stream_index
             if not packet.is_corrupt:
                 begin = at * tick[index]
                 first[index] = min(begin, first.get(index, begin))
@@ -166,64 +171,66 @@ def scan(container: Container, path: str | Path) -> Scan:
     return Scan(pts, dts, key, shown, start, end, extents)
 
 
-def hear(container: Container, start: float, end: float, rate: int) -> np.ndarray | None:
-    """The file's sound, the mean of its channels, each sample in its place on the clip's clock.
-
-    Args:
-        container: as just opened.
-        start: the file's clock at clip time 0, in seconds.
-        end: where the clip ends, in seconds of clip time: nothing is placed after it.
-        rate: Hz of the result.
-
-    Returns:
-        float32 [n], or None where the file has no audio stream.
-    """
+def hear(container: Container, track: Track) -> None:
+    """Decode the sound of a container just opened into ``track``, as far as it can be read."""
     audio = audio_stream(container)
-    if audio is None:
-        return None
-    track = _Track(start, end)
-    try:
-        for packet in container.demux(audio):
-            try:
-                frames = packet.decode()
-            except av.error.FFmpegError:
-                continue  # a damaged packet: the next one's timestamp leaves a gap of silence
-            for frame in frames:
-                track.add(frame)
-    except av.error.FFmpegError:
-        pass  # the rest cannot be read: what is there is heard
-    return track.at_rate(rate)
+    if audio is not None:
+        with contextlib.suppress(av.error.FFmpegError):
+            for packet in container.demux(audio):
+                track.hear(packet)
 
 
-class _Track:
-    """Runs of decoded sound at one rate each, one after the other (a stream may change its rate)."""
+class Track:
+    """The decoded sound of a stream: what PyAV gives, gathered with little work a frame."""
 
-    def __init__(self, start: float, end: float) -> None:
-        self._start = start
-        self._end = end
-        self._runs: list[tuple[int, list[np.ndarray]]] = []  # (Hz, pieces)
-        self._seconds = 0.0  # gathered so far
-        self._planar = av.AudioResampler(format="fltp")
+    def __init__(self) -> None:
+        self._pieces: list[tuple[float | None, int, np.ndarray]] = []  # (seconds on the file's clock, Hz, samples)
+        self._fifo = av.AudioFifo()
+        self._kind: tuple[int, str, str] | None = None  # rate, format and layout of what the fifo holds
+        self._begin: float | None = None  # when that begins
+        self._expected = 0.0  # when it ends
 
-    def add(self, frame: av.AudioFrame) -> None:
-        time = frame.time
-        for part in [frame] if frame.format.name == "fltp" else self._planar.resample(frame):
-            rate, samples = part.sample_rate, part.samples
-            if not self._runs or self._runs[-1][0] != rate:
-                self._runs.append((rate, []))
-            if time is not None and time - self._start - self._seconds > _GAP and time - self._start < self._end:
-                self._append(np.zeros(round((time - self._start - self._seconds) * rate), np.float32))
-            channels = [np.frombuffer(plane, np.float32, samples) for plane in part.planes]
-            self._append(sum(channels[1:], channels[0]) / np.float32(len(channels)))
+    def hear(self, packet: av.Packet) -> None:
+        """Decode a packet; a damaged one is left out, and the next one's timestamp tells how long the gap is."""
+        try:
+            frames = packet.decode()
+        except av.error.FFmpegError:
+            return
+        for frame in frames:
+            time, kind = frame.time, (frame.sample_rate, frame.format.name, frame.layout.name)
+            if kind != self._kind or (time is not None and time - self._expected > _GAP):
+                self._drain()
+                self._kind, self._begin = kind, time
+                self._expected = time or 0.0
+            self._expected += frame.samples / frame.sample_rate
+            frame.pts = None  # the fifo would refuse timestamps that are rounded
+            self._fifo.write(frame)
 
-    def _append(self, samples: np.ndarray) -> None:
-        rate, pieces = self._runs[-1]
-        pieces.append(samples)
-        self._seconds += len(samples) / rate
+    def _drain(self) -> None:
+        """Move what the fifo holds to the pieces, its channels averaged."""
+        if self._kind is not None and self._fifo.samples:
+            frame = self._fifo.read()
+            if frame.format.name != "fltp":
+                (frame,) = av.AudioResampler(format="fltp").resample(frame)
+            self._pieces.append((self._begin, self._kind[0], frame.to_ndarray().mean(axis=0, dtype=np.float32)))
+        self._fifo = av.AudioFifo()
 
-    def at_rate(self, rate: int) -> np.ndarray:
-        runs = [_resample(np.concatenate(pieces), of, rate) for of, pieces in self._runs]
-        return np.concatenate([np.zeros(0, np.float32), *runs])
+    def wave(self, rate: int, start: float, end: float) -> np.ndarray:
+        """float32 [n] at ``rate`` Hz, each sample in its place on the clip's clock, gaps silent.
+
+        ``start`` is the file's clock at clip time 0; a piece that would begin after clip time ``end`` is not waited for
+        (its timestamp is damaged).
+        """
+        self._drain()
+        parts, length = [np.zeros(0, np.float32)], 0
+        for begin, of, samples in self._pieces:
+            gap = 0.0 if begin is None else begin - start - length / rate
+            if gap > _GAP and begin is not None and begin - start < end:
+                parts.append(np.zeros(round(gap * rate), np.float32))
+                length += len(parts[-1])
+            parts.append(_resample(samples, of, rate))
+            length += len(parts[-1])
+        return np.concatenate(parts)
 
 
 def _resample(samples: np.ndarray, rate: int, wanted: int) -> np.ndarray:

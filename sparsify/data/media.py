@@ -114,11 +114,11 @@ def read_audio(path: str | Path, sample_rate: int, *, partial: bool = False) -> 
         TruncatedMediaError, MediaError: as ``read_frames``; a file without a picture is read all the same.
     """
     with _streams.opened(path) as container:
-        found = _streams.scan(container, path)
+        track = _streams.Track()
+        found = _streams.scan(container, path, track)
         _refuse_truncated(found, path, partial)
-        container.seek(0)
-        wave = _streams.hear(container, found.start, found.end, sample_rate)
-    return (np.zeros(0, np.float32), False) if wave is None else (wave, True)
+        has_audio = _streams.audio_stream(container) is not None
+    return track.wave(sample_rate, found.start, found.end), has_audio
 
 
 def read_clip(
@@ -151,44 +151,48 @@ def read_clip(
     clip, size = config.clip, config.vision.image_size
     with _streams.opened(path) as container, ThreadPoolExecutor(1) as helper:
         video = _streams.video_stream(container, path)
-        found = _streams.scan(container, path)
+        audio = audio and _streams.audio_stream(container) is not None
+        track = _streams.Track() if audio and threads == 1 else None
+        found = _streams.scan(container, path, track)
         _refuse_truncated(found, path, partial)
         starts = segment_starts(found.end, clip.segments, clip.segment_seconds)
         times = frame_times(found.end, clip.frames)
-        side_by_side = audio and threads != 1
-        listening = helper.submit(_mel_units, path, found, starts, config) if side_by_side else None
+        listening = helper.submit(_heard, path, found, starts, config) if audio and track is None else None
         if frames:
             pictures = torch.from_numpy(_shown(container, video, found, times, size, path, partial, threads))
         else:
             pictures = torch.zeros(clip.frames, size, size, 3, dtype=torch.uint8)
-        mel, heard = listening.result() if listening else _mel_units(path if audio else None, found, starts, config)
+        mel = listening.result() if listening else _mel_units(track, found, starts, config)
     return Clip(
         frames=to_units(pictures.permute(0, 3, 1, 2), config.vision.unit),
         mel=mel,
         frame_time=torch.tensor(times, dtype=torch.float32),
         segment_time=torch.tensor(starts, dtype=torch.float32),
         duration=torch.tensor(found.end, dtype=torch.float32),
-        has_audio=torch.tensor(heard),
+        has_audio=torch.tensor(audio),
     )
 
 
-def _mel_units(
-    path: str | Path | None, found: _streams.Scan, starts: list[float], config: Config
-) -> tuple[Tensor, bool]:
-    """fp16 [S, Ua, unit * unit], the mel images of the segments that start at ``starts`` seconds, and whether there is
-    any sound.
+def _heard(path: str | Path, found: _streams.Scan, starts: list[float], config: Config) -> Tensor:
+    """``_mel_units`` of the file's sound, decoded from a container of its own: one belongs to one thread."""
+    track = _streams.Track()
+    with _streams.opened(path) as container:
+        _streams.hear(container, track)
+    return _mel_units(track, found, starts, config)
+
+
+def _mel_units(track: _streams.Track | None, found: _streams.Scan, starts: list[float], config: Config) -> Tensor:
+    """fp16 [S, Ua, unit * unit]: the mel images of the segments that start at ``starts`` seconds; silence without a
+    track.
     """
     clip, audio = config.clip, config.audio
-    wave = None
-    if path is not None:
-        with _streams.opened(path) as container:  # its own: a container belongs to one thread
-            wave = _streams.hear(container, found.start, found.end, clip.sample_rate)
-    if wave is None:
-        return torch.full((clip.segments, audio.units**2, audio.unit**2), SILENCE_DB, dtype=torch.float16), False
+    if track is None:
+        return torch.full((clip.segments, audio.units**2, audio.unit**2), SILENCE_DB, dtype=torch.float16)
+    wave = track.wave(clip.sample_rate, found.start, found.end)
     samples = round(clip.segment_seconds * clip.sample_rate)
     pieces = [torch.from_numpy(wave[round(s * clip.sample_rate) :][:samples]) for s in starts]
     image = mel_image(torch.stack([log_mel(piece, clip, audio.mel_bins) for piece in pieces]), audio)
-    return to_units(image.unsqueeze(1), audio.unit).half(), True  # [S, 1, spec, spec] -> [S, Ua, unit * unit]
+    return to_units(image.unsqueeze(1), audio.unit).half()  # [S, 1, spec, spec] -> [S, Ua, unit * unit]
 
 
 def _shown(
