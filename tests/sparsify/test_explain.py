@@ -22,6 +22,20 @@ DEMO = Config.preset("demo")
 QUESTION = "How many instruments are sounding in the video?"
 
 
+LOW_DPI = 50  # dots an inch: enough for what is tested here, and faster than the real 130
+
+
+@pytest.fixture(autouse=True)
+def _coarse(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "full_size" not in request.fixturenames:
+        monkeypatch.setattr("sparsify.report._page.DPI", LOW_DPI)
+
+
+@pytest.fixture
+def full_size() -> None:
+    """The test draws at the real resolution."""
+
+
 def clip_of(config: Config, *, duration: float = 4.0) -> Clip:
     generator = torch.Generator().manual_seed(0)
     clip, vision, audio = config.clip, config.vision, config.audio
@@ -147,7 +161,7 @@ def test_token_map_places_clusters_keys_and_scores() -> None:
 
 
 @pytest.mark.parametrize("preset", ["demo", "paper"])
-def test_a_picture_of_sensible_size(preset: str, tmp_path: Path) -> None:
+def test_a_picture_of_sensible_size(preset: str, tmp_path: Path, full_size: None) -> None:
     config = Config.preset(preset)
     path = explain.draw(clip_of(config, duration=60), tokens_of(config), config, [answer()], tmp_path / "out.png")
     height, width = picture_of(path).shape[:2]
@@ -194,10 +208,10 @@ def test_masked_cells_are_covered_and_counted(tmp_path: Path, monkeypatch: pytes
     assert "masked: hidden from the model" in page
     a, b = picture_of(plain), picture_of(tmp_path / "masked.png")
     # The lower half of the first frame (inches from the upper left corner) is masked: paler, and hardly any colour.
-    x, y = (slice(round(inches[0] * 130), round(inches[1] * 130)) for inches in ((1.0, 2.9), (2.75, 3.6)))
+    x, y = (slice(round(inches[0] * LOW_DPI), round(inches[1] * LOW_DPI)) for inches in ((1.0, 2.9), (2.75, 3.6)))
     assert b[y, x, :3].mean() > a[y, x, :3].mean() + 0.2
     assert np.ptp(b[y, x, :3], axis=-1).mean() < 0.5 * np.ptp(a[y, x, :3], axis=-1).mean()
-    upper = slice(round(1.75 * 130), round(2.5 * 130))
+    upper = slice(round(1.75 * LOW_DPI), round(2.5 * LOW_DPI))
     assert abs(b[upper, x, :3].mean() - a[upper, x, :3].mean()) < 0.1
 
 
