@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
@@ -12,7 +13,15 @@ from sparsify.config import TextConfig
 from sparsify.errors import CheckpointError, UsageError
 from sparsify.model.layers import TransformerLayer, key_mask
 
-__all__ = ["HuggingFaceText", "TokenizerVocabulary", "WordTransformer", "WordVocabulary"]
+__all__ = [
+    "HuggingFaceText",
+    "TokenizerVocabulary",
+    "WordTransformer",
+    "WordVocabulary",
+    "empty_text_encoder",
+    "load_text_encoder",
+    "vocabulary_for",
+]
 
 
 class WordVocabulary(Protocol):
@@ -125,6 +134,15 @@ class TokenizerVocabulary:
             return cls(Tokenizer.from_str(json.dumps(json.loads(text)["tokenizer"])))
         except Exception as error:  # the tokenizers library raises Exception itself
             raise CheckpointError(f"{source}: not a tokenizer: {error}") from error
+
+
+def vocabulary_for(config: TextConfig, questions: Iterable[str]) -> WordVocabulary:
+    """What turns a question into ids for this encoder: its own tokenizer, or the words of training ``questions``."""
+    if config.weights is not None:
+        return TokenizerVocabulary.from_pretrained(config.weights)
+    from sparsify.data.vocabulary import Vocabulary
+
+    return Vocabulary.build(questions)
 
 
 def load_text_encoder(name: str) -> HuggingFaceText:

@@ -7,6 +7,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsify.batch import Questions, Video
+from sparsify.config import Config
 from sparsify.model.fusion import pack_questions, unpack_questions
 
 
@@ -40,9 +41,10 @@ def test_a_sample_does_not_depend_on_its_batch_mates_in_training_mode(tiny, make
         torch.testing.assert_close(alone, together[mine], rtol=1e-6, atol=1e-6)  # logits are fp32
 
 
-@pytest.mark.parametrize("kind", ["masked", "unmasked", "dense", "unmerged"])
+@pytest.mark.parametrize("kind", ["masked", "unmasked", "dense", "unmerged", "demo"])
 def test_every_parameter_has_a_gradient_within_three_steps(tiny, make_model, make_batch, kind):
     config = tiny(dense=kind == "dense", merge__enabled=kind != "unmerged")
+    config = Config.preset("demo") if kind == "demo" else config
     model = make_model(config, randomised=False).train()
     video, questions, masking = make_batch(config, videos=4, questions=3)
     labels = torch.arange(12)

@@ -7,7 +7,7 @@ import torch
 
 from sparsify.errors import CheckpointError, UsageError
 from sparsify.model import SparsifyModel
-from sparsify.model.text import TokenizerVocabulary, WordTransformer, load_text_encoder
+from sparsify.model.text import TokenizerVocabulary, WordTransformer, load_text_encoder, vocabulary_for
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "how", "many", "instruments", "are", "sounding", "?", "pia", "##no"]
 
@@ -50,6 +50,12 @@ def test_the_tokenizer_stands_in_for_the_vocabulary(bert_folder):
         vocabulary.encode("How many piano?", max_words=4)
     with pytest.raises(CheckpointError, match=r"vocabulary.json: not a tokenizer"):
         TokenizerVocabulary.from_json("{}", source="vocabulary.json")
+
+
+def test_the_vocabulary_follows_the_encoder(bert_folder, tiny):
+    assert isinstance(vocabulary_for(tiny(text__weights=str(bert_folder)).text, ["how"]), TokenizerVocabulary)
+    words = vocabulary_for(tiny().text, ["how many zithers"])
+    assert words.encode("zithers", 4) != words.encode("kazoos", 4)
 
 
 def test_the_encoder_is_loaded_whole_and_runs_as_its_own(bert_folder):
