@@ -93,7 +93,7 @@ class Vocabulary:
 
     @cached_property
     def _id_of(self) -> dict[str, int]:
-        return {word: i for i, word in enumerate(self.words) if i > UNKNOWN}
+        return {word: i for i, word in enumerate(self.words)}  # no word of a text is <pad> or <unknown>
 
     def _words_of(self, text: str) -> list[str]:
         if len(text) > MAX_CHARACTERS:

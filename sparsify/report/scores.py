@@ -247,15 +247,14 @@ def _group(name: str, rows: Sequence[tuple[Question, int | None]], floor: Floor)
 
 def _mean(name: str, groups: Sequence[Group]) -> Group:
     """The macro form: the unweighted mean of the groups that have a scored question."""
-    used = [group for group in groups if group.scored]
-    template = _average([group.floor_template for group in used])
-    filled = _average([group.floor_filled for group in used])
+    template = _average([group.floor_template for group in groups])
+    filled = _average([group.floor_filled for group in groups])
     return Group(
         name=name,
         asked=sum(group.asked for group in groups),
         scored=sum(group.scored for group in groups),
         correct=sum(group.correct for group in groups),
-        accuracy=_average([group.accuracy for group in used]),
+        accuracy=_average([group.accuracy for group in groups]),
         floor=_larger(template, filled),
         floor_template=template,
         floor_filled=filled,
@@ -267,6 +266,7 @@ def _share(part: int, whole: int) -> float | None:
 
 
 def _average(shares: Sequence[float | None]) -> float | None:
+    """The mean of the shares that are known: a type without a scored question has no part in it."""
     known = [share for share in shares if share is not None]
     return sum(known) / len(known) if known else None
 
