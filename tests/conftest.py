@@ -25,14 +25,3 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def _same_start() -> None:
     """No test depends on which ran before it."""
     torch.manual_seed(0)
-
-
-@pytest.fixture
-def poisoned() -> object:
-    """Fresh allocations hold NaN (or the largest integer) instead of whatever was there: an element never written
-    shows."""
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = True
-    yield
-    torch.use_deterministic_algorithms(deterministic)

@@ -95,6 +95,7 @@ def _grid_width(args: Arguments, keep: float, grid: tuple[int, int] | None, stra
 def _seed_tensor(args: Arguments, seed: int | Tensor, x: Tensor) -> Tensor:
     """The seed as an int64 tensor on the device of ``x``."""
     if isinstance(seed, Tensor):
+        args.require(seed.dim() <= 1, "seed", "int64 [] or [B]", seed)
         args.tensor("seed", seed, "B" if seed.dim() == 1 else "", (torch.int64,))
         return seed
     if isinstance(seed, bool) or not isinstance(seed, (int, torch.SymInt)):
@@ -114,12 +115,14 @@ def _fake_backward(grad: Tensor, index: Tensor, units: int) -> Tensor:
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     ctx.units = inputs[0].shape[1]
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(output[1])
 
 
-def _backward(ctx: Any, grad_tokens: Tensor, grad_index: None) -> tuple[Tensor | None, None, None, None]:
-    grad = _BACKWARD(grad_tokens, ctx.saved_tensors[0], ctx.units) if ctx.needs_input_grad[0] else None
-    return grad, None, None, None
+def _backward(ctx: Any, grad_tokens: Tensor | None, grad_index: None) -> tuple[Tensor | None, None, None, None]:
+    if grad_tokens is None or not ctx.needs_input_grad[0]:
+        return None, None, None, None
+    return _BACKWARD(grad_tokens, ctx.saved_tensors[0], ctx.units), None, None, None
 
 
 def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

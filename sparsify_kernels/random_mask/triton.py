@@ -194,7 +194,7 @@ def _as_integers(x: Tensor) -> Tensor:
     return x.contiguous().view(torch.int64)  # complex128: twice as many values
 
 
-# What every kernel is compiled as in the tests: (kernel, types of the run-time arguments, compile-time arguments, warps).
+# How the tests compile every kernel: types of the run-time arguments, compile-time arguments, warps.
 TARGETS: list[tuple[Any, str, dict[str, Any], int]] = [
     (_select, "*i64 *i64 i32 i32 i32", {"SHARED": True, "LOG_BLOCK": 6}, 4),
     (_select, "*i64 *i64 i32 i32 i32", {"SHARED": False, "LOG_BLOCK": 10}, 4),

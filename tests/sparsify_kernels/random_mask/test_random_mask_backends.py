@@ -1,0 +1,226 @@
+"""Every backend of random_mask against the reference: the same index, the same bytes, nothing beside the output."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sparsify_kernels import _registry
+from sparsify_kernels.random_mask import reference
+from sparsify_kernels.testing import LAYOUTS, guarded, poisoned_memory, relayout
+
+FORWARD = _registry.implementations("random_mask")
+BACKWARD = _registry.implementations("random_mask_backward")
+FAST = [name for name in FORWARD if name != "reference"]
+DEVICE = {"cpp": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
+
+DTYPES = [
+    torch.uint8,
+    torch.bool,
+    torch.int16,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+    torch.float64,
+    torch.complex64,
+    torch.complex128,
+    torch.float8_e4m3fn,
+    torch.uint32,
+]
+INTERPRETED = (torch.bool, torch.bfloat16, torch.float32, torch.complex64, torch.complex128)
+# (B, U, P, K, width of the grid): one, primes, below and above a block, empty, stratified.
+SHAPES = [
+    (1, 1, 1, 1, 0),
+    (2, 7, 5, 3, 0),
+    (3, 16, 41, 8, 0),
+    (2, 37, 9, 36, 0),
+    (1, 17, 2049, 2, 0),
+    (0, 8, 4, 4, 0),
+    (2, 8, 0, 4, 0),
+    (2, 16, 3, 4, 4),
+    (1, 24, 3, 18, 12),
+    (2, 24, 3, 12, 2),
+]
+
+
+def payload(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Arbitrary bits: NaN and Inf occur, and must come through unchanged."""
+    x = torch.empty(shape, dtype=dtype)
+    if x.numel():
+        x.view(torch.uint8).random_(0, 2 if dtype == torch.bool else 256)
+    return x
+
+
+def placed(x: Tensor, layout: str) -> Tensor:
+    """``relayout`` for every dtype: PyTorch does not stack all of them, but the integers of their sizes."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(x.dtype.itemsize, x.dtype)
+    return relayout(x.view(integers), layout).view(x.dtype)
+
+
+def assert_same_bytes(ours: Tensor, expected: Tensor) -> None:
+    assert ours.dtype == expected.dtype
+    assert ours.shape == expected.shape
+    if not expected.numel():
+        return
+    assert torch.equal(ours.cpu().contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
+
+
+def on(backend: str, *args: Any) -> list[Any]:
+    return [a.to(DEVICE[backend]) if isinstance(a, Tensor) else a for a in args]
+
+
+def seeds(samples: int) -> list[Tensor]:
+    return [torch.tensor(2**62 + 12345), torch.randint(0, 2**63 - 1, (samples,))]
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_forward_and_backward_agree_with_the_reference(backend: str, shape: tuple[int, ...]) -> None:
+    samples, units, values, kept, width = shape
+    x = payload((samples, units, values), torch.float32)
+    grad = payload((samples, kept, values), torch.float32)
+    for seed in seeds(samples):
+        tokens, index = reference.random_mask(x, seed, kept, width)
+        with poisoned_memory():
+            ours = FORWARD[backend](*on(backend, x, seed), kept, width)
+            scattered = BACKWARD[backend](*on(backend, grad, index), units)
+        assert torch.equal(ours[1].cpu(), index)
+        assert_same_bytes(ours[0], tokens)
+        assert_same_bytes(scattered, reference.random_mask_backward(grad, index, units))
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_any_dtype_in_any_layout(backend: str, dtype: torch.dtype) -> None:
+    if backend == "triton" and not torch.cuda.is_available() and dtype not in INTERPRETED:
+        pytest.skip("a dtype of the same size was interpreted")
+    x = payload((2, 6, 5), dtype)
+    grad = payload((2, 3, 5), dtype)
+    seed = torch.tensor([3, 4])
+    tokens, index = reference.random_mask(x, seed, 3, 0)
+    gradient = torch.zeros(2, 6, 5, dtype=dtype)
+    for b in range(2):
+        for slot, unit in enumerate(index[b].tolist()):
+            gradient[b, unit] = grad[b, slot]
+    for layout in LAYOUTS:
+        ours = FORWARD[backend](*on(backend, placed(x, layout), placed(seed, layout)), 3, 0)
+        assert_same_bytes(ours[0], tokens)
+        assert_same_bytes(BACKWARD[backend](*on(backend, placed(grad, layout), placed(index, layout)), 6), gradient)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_expanded_input_and_gradient(backend: str) -> None:
+    x = torch.randn(1, 1, 4).expand(3, 8, 4)
+    tokens, index = FORWARD[backend](*on(backend, x, torch.tensor(1)), 4, 0)
+    assert_same_bytes(tokens, x[:, :4].contiguous())
+    grad = torch.ones(()).expand(3, 4, 4)
+    expected = reference.random_mask_backward(grad, index.cpu(), 8)
+    assert_same_bytes(BACKWARD[backend](*on(backend, grad, index), 8), expected)
+
+
+def test_cpp_index_is_bit_identical_over_a_thousand_seeds() -> None:
+    if "cpp" not in FORWARD:
+        pytest.skip("the C++ extension is not built")
+    everyone = torch.randint(0, 2**63 - 1, (1000,), generator=torch.Generator().manual_seed(1))
+    sizes = [(32, 0), (1, 0), (63, 0), (32, 8)]
+    x = torch.zeros(1000, 64, 0)
+    for kept, width in sizes:
+        expected = reference.random_mask(x, everyone, kept, width)[1]
+        assert torch.equal(FORWARD["cpp"](x, everyone, kept, width)[1], expected)
+    for n, seed in enumerate(everyone):
+        kept, width = sizes[n % len(sizes)]
+        expected = reference.random_mask(x[:3], seed, kept, width)[1]
+        assert torch.equal(FORWARD["cpp"](x[:3], seed, kept, width)[1], expected)
+
+
+def test_triton_index_is_bit_identical() -> None:
+    """Over 1,000 seeds on a GPU, 15 under the interpreter."""
+    if "triton" not in FORWARD:
+        pytest.skip("Triton is not installed")
+    count = 1000 if torch.cuda.is_available() else 15
+    everyone = torch.randint(0, 2**63 - 1, (count,), generator=torch.Generator().manual_seed(1))
+    x = torch.zeros(count, 64, 0)
+    for kept, width in [(32, 0), (1, 0), (63, 0), (16, 8)]:
+        expected = reference.random_mask(x, everyone, kept, width)[1]
+        assert torch.equal(FORWARD["triton"](*on("triton", x, everyone), kept, width)[1].cpu(), expected)
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize(
+    ("units", "kept", "width"), [(4096, 5, 0), (4097, 2048, 0), (4096, 1024, 64), (4356, 3267, 66)]
+)
+def test_many_units(backend: str, units: int, kept: int, width: int) -> None:
+    x = torch.zeros(1, units, 0)
+    expected = reference.random_mask(x, torch.tensor(9), kept, width)[1]
+    assert torch.equal(FORWARD[backend](*on(backend, x, torch.tensor(9)), kept, width)[1].cpu(), expected)
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_nothing_outside_the_input_is_read(backend: str) -> None:
+    x = guarded(torch.ones(2, 7, 5))
+    tokens, _ = FORWARD[backend](*on(backend, x.tensor, torch.tensor(2)), 4, 0)
+    assert (tokens == 1).all()
+    x.check()
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_masked_units_are_never_read(backend: str) -> None:
+    """Their NaN does not come through, in the backward neither."""
+    seed = torch.tensor(2)
+    index = reference.random_mask(torch.zeros(1, 6, 1), seed, 3, 0)[1]
+    x = torch.full((1, 6, 4), torch.nan)
+    x[0, index[0]] = 1.0
+    device = DEVICE.get(backend, "cpu")
+    tokens, _ = FORWARD[backend](x.to(device), seed.to(device), 3, 0)
+    assert (tokens == 1).all()
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_offsets_beyond_two_to_the_31(backend: str) -> None:
+    if torch.cuda.is_available() and backend == "triton":
+        pytest.skip("the memory of a GPU is not taken lazily")
+    buffer = torch.empty(2**32, dtype=torch.uint8)  # untouched pages cost nothing
+    x = buffer.as_strided((2, 4, 8), (2**31, 2**29, 1))
+    x.copy_(payload((2, 4, 8), torch.uint8))
+    tokens, index = FORWARD[backend](x, torch.tensor(5), 2, 0)
+    assert torch.equal(tokens, reference.gather_units(x.contiguous(), index))
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_an_unchecked_negative_seed_draws_a_mask(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a GPU: its two 32-bit halves are the key, nothing is out of bounds."""
+    if backend == "cpp":
+        pytest.skip("the CPU always checks")
+    monkeypatch.setattr(reference, "check_values", lambda device: False)
+    x, seed = torch.zeros(2, 8, 0), torch.tensor([-1, -(2**40)])
+    expected = reference.random_mask(x, seed, 4, 0)[1]
+    assert torch.equal(FORWARD[backend](*on(backend, x, seed), 4, 0)[1].cpu(), expected)
+
+
+@pytest.mark.parametrize("kernel", [FORWARD, BACKWARD], ids=["forward", "backward"])
+def test_results_repeat_bit_for_bit(kernel: dict[str, Callable[..., Any]]) -> None:
+    x, index = torch.randn(4, 16, 33), torch.tensor([[0, 5, 9], [1, 2, 3], [0, 14, 15], [7, 8, 9]])
+    args = (x, torch.tensor(3), 8, 0) if kernel is FORWARD else (x[:, :3], index, 16)
+    for implementation in kernel.values():
+        first, again = (torch.utils._pytree.tree_leaves(implementation(*args)) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        ((torch.zeros(2, 4, 1), torch.tensor(0), 5, 0), "kept must be in"),
+        ((torch.zeros(2, 4, 1), torch.tensor(0), 0, 0), "kept must be in"),
+        ((torch.zeros(2, 6, 1), torch.tensor(0), 3, 4), "grid_width must be"),
+        ((torch.zeros(2, 4, 1), torch.zeros(3, dtype=torch.int64), 2, 0), "seed must be"),
+    ],
+)
+def test_cpp_refuses_sizes_that_lead_out_of_bounds(args: tuple[Any, ...], text: str) -> None:
+    if "cpp" not in FORWARD:
+        pytest.skip("the C++ extension is not built")
+    with pytest.raises(RuntimeError, match=f"random_mask: {text}"):
+        FORWARD["cpp"](*args)
