@@ -7,11 +7,9 @@ for each filled question ("Is there a violin sound?").
 
 from __future__ import annotations
 
-import hashlib
-import json
 import random
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 from sparsify.data.templates import INSTRUMENTS, TEMPLATES, Template
@@ -103,7 +101,7 @@ class _Ledger:
 
 
 def plan_split(
-    count: int, rng: random.Random, *, seconds: float, size: int, questions: tuple[int, int], used: set[str]
+    count: int, rng: random.Random, *, seconds: float, size: int, questions: tuple[int, int], used: set[Hashable]
 ) -> Iterator[PlannedClip]:
     """``count`` clips with ``questions`` (least, most) questions each.
 
@@ -141,7 +139,7 @@ def _further_question(ledger: _Ledger, rng: random.Random, scene: Scene, asked: 
 
 
 def _first_question(
-    ledger: _Ledger, rng: random.Random, seconds: float, size: int, used: set[str]
+    ledger: _Ledger, rng: random.Random, seconds: float, size: int, used: set[Hashable]
 ) -> tuple[Scene, Candidate]:
     for template in _by_need(ledger, rng):
         answers = sorted(ledger.shares[template.text], key=lambda a: (-ledger.missing(template.text, a), rng.random()))
@@ -175,10 +173,7 @@ def _pick(ledger: _Ledger, fitting: list[Candidate], rng: random.Random) -> Cand
     return min(fitting, key=ledger.need)
 
 
-def _signature(scene: Scene) -> str:
+def _signature(scene: Scene) -> Hashable:
     """Equal for scenes that show and play the same, whatever their scenery."""
-    facts = scene.to_dict()
-    del facts["seed"]
-    for player in facts["players"]:
-        del player["box"]
-    return hashlib.blake2b(json.dumps(facts, sort_keys=True).encode(), digest_size=16).hexdigest()
+    players = tuple((p.instrument, p.moving, p.voice, p.hidden) for p in scene.players)
+    return scene.place, players, scene.offscreen, scene.voiceover

@@ -11,7 +11,7 @@ import json
 import os
 import random
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
@@ -131,7 +131,7 @@ def _claim(root: Path, settings: dict[str, Any]) -> None:
 
 def _planned(settings: dict[str, Any]) -> Iterator[tuple[str, str, PlannedClip]]:
     """Split, video id and plan of every clip, in order."""
-    used: set[str] = set()
+    used: set[Hashable] = set()
     number = 0
     for split in SPLITS:
         rng = random.Random(f"{settings['seed']}/{split}")

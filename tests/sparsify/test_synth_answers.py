@@ -300,7 +300,7 @@ def test_sound_comes_from_out_of_the_picture_and_from_behind_the_screen(clips):
 
 
 def test_splits_share_no_scene():
-    used: set[str] = set()
+    used = set()
     first = plan(80, seed=3, used=used)
     size = len(used)
     again = plan(80, seed=3, used=used)  # the same draws, but every scene is taken
