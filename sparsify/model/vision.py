@@ -73,7 +73,7 @@ def _masked_attention(block: Any, x: Tensor, kept: KeptUnits) -> Tensor:
 
 
 def build_swin(config: VisionConfig) -> Any:
-    """A ``SwinTransformerV2`` of this geometry with random weights, as timm initialises it: the norms that end each block
+    """A ``SwinTransformerV2`` of this geometry, with random weights as timm draws them: the norms that end each block
     start at zero, so every block starts as the identity.
     """
     ensure_torchvision()
