@@ -5,6 +5,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import av
 import av.error
@@ -18,11 +19,32 @@ from sparsify.errors import MediaError
 __all__ = ["at_times", "first", "quarter_turns"]
 
 _NEAR = 24  # packets: decoding on to the next key frame costs no more than a seek
+_LAG = 0.1  # of the clip: pictures missing for longer at its end are damage
 _EPSILON = 1e-6  # seconds: timestamps are rational numbers, wanted times are floats
 
 
 class _LostError(Exception):
-    """A seek landed behind the key frame it was meant for."""
+    """The packets' timestamps do not lead to the frames wanted: the file has to be decoded in one pass."""
+
+
+class _Table(NamedTuple):
+    """The packets of the pictures in decoding order: ``Scan`` where every timestamp is there and there once."""
+
+    pts: list[int]
+    dts: list[int]
+    key: list[bool]
+    begins: list[float]  # clip time of the packet's frame
+    shown: list[int]  # packets whose frame is shown, in the order of being shown
+
+
+def _table(scan: Scan, tick: float) -> _Table:
+    pts = [t for t in scan.pts if t is not None]
+    dts = [t for t in scan.dts if t is not None]
+    packets = len(scan.pts)
+    shown = sorted((i for i in range(packets) if scan.shown[i]), key=pts.__getitem__) if len(pts) == packets else []
+    if not shown or len(set(pts)) < packets or len(set(dts)) < packets:
+        raise _LostError
+    return _Table(pts, dts, scan.key, [t * tick - scan.start for t in pts], shown)
 
 
 def first(container: Container, video: VideoStream, path: str | Path) -> av.VideoFrame:
@@ -58,14 +80,10 @@ def at_times(
     for stream in container.streams:
         if stream.index != video.index:
             stream.discard = Discard.all  # not even read
-    found: dict[int, np.ndarray]
-    usable = None not in scan.pts and None not in scan.dts and len(set(scan.pts)) == len(scan.pts) == len(set(scan.dts))
     try:
-        if not usable:
-            raise _LostError
-        found = _by_runs(container, video, scan, times, size)
+        found = _by_runs(container, video, _table(scan, _tick(video)), times, size)
     except (_LostError, av.error.FFmpegError):
-        found = _in_one_pass(container, video, scan.start, times, size)
+        found = _in_one_pass(container, video, scan, times, size)
     missing = [i for i in range(len(times)) if i not in found]
     pictures = np.zeros((len(times), size, size, 3), np.uint8)
     for i in range(len(times)):
@@ -74,44 +92,41 @@ def at_times(
     return pictures, missing
 
 
+def _tick(video: VideoStream) -> float:
+    """Seconds of one unit of the stream's timestamps."""
+    return float(video.time_base or 0)
+
+
 def _by_runs(
-    container: Container, video: VideoStream, scan: Scan, times: list[float], size: int
+    container: Container, video: VideoStream, table: _Table, times: list[float], size: int
 ) -> dict[int, np.ndarray]:
     """Decode the frames at ``times`` by the packet table: from key frames on, leaving out what nothing else needs."""
-    wanted = _packets_shown_at(scan, float(video.time_base), times)
+    begins = [table.begins[i] for i in table.shown]
+    wanted = [table.shown[max(0, bisect_right(begins, t + _EPSILON) - 1)] for t in times]  # packets
     pictures: dict[int, np.ndarray] = {}  # by timestamp
     scaler = VideoReformatter()  # keeps its tables from frame to frame
     # In H.264 a frame marked as not for reference changes no other frame, so it is only decoded where it is wanted
     # itself. (HEVC's mark speaks of one temporal layer alone.)
     skip = video.codec_context.name == "h264"
-    for start, stop in _runs(scan, wanted):
-        keep = {scan.pts[i] for i in wanted if start <= i < stop}
-        for frame in _decode_run(container, video, scan, start, stop, keep if skip else None):
+    for start, stop in _runs(table, wanted):
+        keep = {table.pts[i] for i in wanted if start <= i < stop}
+        for frame in _decode_run(container, video, table, start, stop, keep if skip else None):
             if frame.pts in keep:
                 pictures[frame.pts] = _picture(frame, size, scaler)
-    return {n: pictures[scan.pts[i]] for n, i in enumerate(wanted) if scan.pts[i] in pictures}
+    return {n: pictures[table.pts[i]] for n, i in enumerate(wanted) if table.pts[i] in pictures}
 
 
-def _packets_shown_at(scan: Scan, tick: float, times: list[float]) -> list[int]:
-    """For each time the packet (its place in decoding order) of the latest frame at or before it."""
-    order = sorted((i for i in range(len(scan.pts)) if scan.shown[i]), key=lambda i: scan.pts[i])
-    if not order:
-        raise _LostError
-    begins = [scan.pts[i] * tick - scan.start for i in order]
-    return [order[max(0, bisect_right(begins, t + _EPSILON) - 1)] for t in times]
-
-
-def _runs(scan: Scan, wanted: list[int]) -> list[tuple[int, int]]:
+def _runs(table: _Table, wanted: list[int]) -> list[tuple[int, int]]:
     """Ranges of packets [start, stop) to decode, each from a key frame on, so that every wanted packet can be
     decoded.
     """
-    keys = [i for i, key in enumerate(scan.key) if key]
+    keys = [i for i, key in enumerate(table.key) if key]
     runs: list[tuple[int, int]] = []
     for i in sorted(set(wanted)):
         k = bisect_right(keys, i) - 1
         # A frame shown before its key frame but stored after it (an open group of pictures) needs the group before,
         # too.
-        while k > 0 and scan.pts[keys[k]] > scan.pts[i]:
+        while k > 0 and table.pts[keys[k]] > table.pts[i]:
             k -= 1
         start = keys[k] if k >= 0 else 0
         if runs and start <= runs[-1][1] + _NEAR:
@@ -122,18 +137,18 @@ def _runs(scan: Scan, wanted: list[int]) -> list[tuple[int, int]]:
 
 
 def _decode_run(
-    container: Container, video: VideoStream, scan: Scan, start: int, stop: int, only: set[int] | None
+    container: Container, video: VideoStream, table: _Table, start: int, stop: int, only: set[int] | None
 ) -> Iterator[av.VideoFrame]:
     """Every frame of packets [start, stop); with ``only``, frames that are neither needed nor at these timestamps are
     left out.
     """
-    place = {dts: i for i, dts in enumerate(scan.dts)}
-    container.seek(scan.dts[start], stream=video, backward=True, any_frame=False)
+    place = {dts: i for i, dts in enumerate(table.dts)}
+    container.seek(table.dts[start], stream=video, backward=True, any_frame=False)
     reached = False
     for packet in container.demux(video):
-        i = place.get(packet.dts, -1)
+        i = -1 if packet.dts is None else place.get(packet.dts, -1)
         if not reached:
-            if i > start or packet.dts is None:
+            if i > start or packet.dts is None:  # behind the key frame, or at the end of the file
                 raise _LostError
             reached = i == start
         if reached and i >= 0:
@@ -146,7 +161,7 @@ def _decode_run(
 
 
 def _in_one_pass(
-    container: Container, video: VideoStream, start: float, times: list[float], size: int
+    container: Container, video: VideoStream, scan: Scan, times: list[float], size: int
 ) -> dict[int, np.ndarray]:
     """Decode the whole file and take the frames as they come by: for files without usable timestamps or seeking."""
     container.seek(container.start_time or 0)
@@ -156,18 +171,20 @@ def _in_one_pass(
     found: dict[int, np.ndarray] = {}
     scaler = VideoReformatter()
     before: av.VideoFrame | None = None
-    count = 0
+    at, count = 0.0, 0
     for frame in _all_frames(container, video):
         ticks = frame.pts if frame.pts is not None else frame.dts
-        at = float(ticks * video.time_base) - start if ticks is not None else count / rate
+        at = ticks * _tick(video) - scan.start if ticks is not None else count / rate
         while order and times[order[0]] + _EPSILON < at:
             found[order.pop(0)] = _picture(before or frame, size, scaler)
         before, count = frame, count + 1
         if not order:
             break
     if before is not None:
-        # The last frame stays on screen. Far beyond it nothing could be decoded: that is damage, not a long last frame.
-        found |= {n: _picture(before, size, scaler) for n in order}
+        # The last frame stays on screen; but where packets went on far behind the last frame they gave, it is damage.
+        ticks = max((t for t in (*scan.pts, *scan.dts) if t is not None), default=0)
+        last = ticks * _tick(video) - scan.start
+        found |= {n: _picture(before, size, scaler) for n in order if min(times[n], last) - at <= _LAG * scan.end}
     return found
 
 

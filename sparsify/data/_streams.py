@@ -6,7 +6,7 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import av
 import av.error
@@ -136,7 +136,7 @@ def scan(container: Container, path: str | Path, track: Track | None = None) -> 
     key: list[bool] = []
     shown: list[bool] = []
     streams = [s for s in (video, audio) if s is not None]
-    tick = {s.index: float(s.time_base) for s in streams}
+    tick = {s.index: float(s.time_base or 0) for s in streams}
     first: dict[int, float] = {}
     last: dict[int, float] = {}
     try:
@@ -190,13 +190,14 @@ class Track:
         self._begin: float | None = None  # when that begins
         self._expected = 0.0  # when it ends
 
-    def hear(self, packet: av.Packet) -> None:
+    def hear(self, packet: av.Packet[Any]) -> None:
         """Decode a packet; a damaged one is left out, and the next one's timestamp tells how long the gap is."""
         try:
             frames = packet.decode()
         except av.error.FFmpegError:
             return
         for frame in frames:
+            assert isinstance(frame, av.AudioFrame)
             time, kind = frame.time, (frame.sample_rate, frame.format.name, frame.layout.name)
             if kind != self._kind or (time is not None and time - self._expected > _GAP):
                 self._drain()
@@ -208,8 +209,8 @@ class Track:
 
     def _drain(self) -> None:
         """Move what the fifo holds to the pieces, its channels averaged."""
-        if self._kind is not None and self._fifo.samples:
-            frame = self._fifo.read()
+        frame = self._fifo.read()  # None: it is empty
+        if frame is not None and self._kind is not None:
             if frame.format.name != "fltp":
                 (frame,) = av.AudioResampler(format="fltp").resample(frame)
             self._pieces.append((self._begin, self._kind[0], frame.to_ndarray().mean(axis=0, dtype=np.float32)))

@@ -74,7 +74,7 @@ class ClipCache:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_open": {}}
 
-    def get(self, path: str | os.PathLike[str], *, threads: int = 0) -> Clip:
+    def get(self, path: str | Path, *, threads: int = 0) -> Clip:
         """The clip of the video at ``path``: from memory, from the folder, or decoded and written to it.
 
         The tensors may be mapped from the file: copy before writing into them. ``threads`` as in ``read_clip``.
@@ -105,7 +105,7 @@ class ClipCache:
         self._open[name] = _Seen(size, modified, clip)
         return clip
 
-    def has(self, path: str | os.PathLike[str]) -> bool:
+    def has(self, path: str | Path) -> bool:
         """Whether ``get`` would find the clip without decoding (its checksums aside). ``MediaError`` for a missing
         video.
         """
@@ -140,7 +140,7 @@ class ClipCache:
         return SparsifyError(f"{self.folder}: cannot write the clip cache: {reason}")
 
 
-def _stat(path: str | os.PathLike[str]) -> tuple[int, int]:
+def _stat(path: str | Path) -> tuple[int, int]:
     try:
         status = os.stat(path)
     except OSError as error:
@@ -148,7 +148,7 @@ def _stat(path: str | os.PathLike[str]) -> tuple[int, int]:
     return status.st_size, status.st_mtime_ns
 
 
-def _content_key(path: str | os.PathLike[str]) -> str:
+def _content_key(path: str | Path) -> str:
     """A hash of the whole file."""
     digest = hashlib.blake2b()
     try:
@@ -191,7 +191,7 @@ def _load(file: Path, *, verify: bool) -> Clip | None:
 
 
 def _checksums(tensors: dict[str, torch.Tensor]) -> str:
-    return " ".join(str(zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy())) for name in Clip._fields)
+    return " ".join(str(zlib.crc32(tensors[name].flatten().view(torch.uint8).numpy().data)) for name in Clip._fields)
 
 
 def _read_text(file: Path) -> str | None:
