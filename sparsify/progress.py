@@ -93,9 +93,11 @@ def _terminal_bar(description: str, total: int) -> Iterator[Advance]:
 @contextlib.contextmanager
 def _plain_lines(description: str, total: int) -> Iterator[Advance]:
     started = printed = time.monotonic()
-    done, last_note = 0, ""
+    done, last_note, shown = 0, "", -1
 
     def line() -> None:
+        nonlocal shown
+        shown = done
         seconds = time.monotonic() - started
         rate = f", {done / seconds:.1f}/s" if done and seconds > 0 else ""
         note = f", {last_note}" if last_note else ""
@@ -109,4 +111,5 @@ def _plain_lines(description: str, total: int) -> Iterator[Advance]:
             line()
 
     yield advance
-    line()
+    if shown != done:
+        line()

@@ -25,6 +25,7 @@ from sparsify.model import SparsifyModel
 from sparsify.progress import Advance, format_seconds, progress_bar, say
 from sparsify.report.scores import floor_of
 from sparsify.training.evaluate import EvalResult, evaluate_dataset, masked_keep
+from sparsify.training.loading import share
 from sparsify.training.optim import Precision, choose_precision
 from sparsify.training.run import RunState, claim_run, lock_run, read_state, recover, write_text
 from sparsify.training.stopping import InterruptedRun
@@ -250,7 +251,8 @@ class _Experiment:
         self, model: SparsifyModel, split: Split, dataset: VideoDataset, trainer: Trainer, keep: float
     ) -> EvalResult:
         train = self.config.train
-        with self.bar(f"{split.name}{'' if keep == 1 else ' masked'}", len(dataset)) as advance:
+        mine = share(range(len(dataset)), trainer.rank, trainer.world)
+        with self.bar(f"{split.name}{'' if keep == 1 else ' masked'}", len(mine)) as advance:
             return evaluate_dataset(
                 model,
                 dataset,

@@ -290,7 +290,7 @@ class Trainer:
     def validate(self) -> EvalResult:
         """The validation split, unmasked unless ``mask.eval`` says otherwise."""
         config = self.config
-        with self.bar("  validation", len(self.data.val)) as advance:
+        with self.bar("  validation", len(share(range(len(self.data.val)), self.rank, self.world))) as advance:
 
             def checked(count: int = 1, note: str = "") -> None:
                 advance(count, note)

@@ -42,6 +42,9 @@ def test_a_pipe_gets_a_line_now_and_then(capsys: pytest.CaptureFixture[str], mon
         time.sleep(0.02)
         advance()
         assert capsys.readouterr().err.startswith("decode: 1/2 in ")
+        time.sleep(0.02)
+        advance()
+    assert capsys.readouterr().err.count("decode: 2/2 in ") == 1  # the last line is not said twice
 
 
 def test_quiet_shows_nothing(capsys: pytest.CaptureFixture[str]) -> None:
