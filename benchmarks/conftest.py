@@ -1,0 +1,61 @@
+"""What every benchmark prints: the machine, the shape, the ratio to each baseline in the same run, bytes a second."""
+
+from __future__ import annotations
+
+import platform
+import statistics
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import sparsify_kernels
+
+
+def cpu_name() -> str:
+    """The processor's own name where the system tells it."""
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+def pytest_report_header() -> list[str]:
+    info = sparsify_kernels.backend_info()
+    machine = f"{cpu_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, isa {info['isa']}"
+    return [f"machine: {machine}", f"backends: { ({op: b['cpu'] for op, b in info.items() if isinstance(b, dict)}) }"]
+
+
+class Table:
+    """The medians of one group, printed as ratios to ours when the session ends."""
+
+    def __init__(self) -> None:
+        self.rows: dict[str, dict[str, tuple[float, int]]] = {}
+
+    def measure(self, benchmark: Any, group: str, name: str, function: Callable[[], Any], moved: int) -> None:
+        """Benchmark ``function`` as ``name`` in ``group``; ``moved``: the bytes it must read and write."""
+        benchmark.group = group
+        benchmark.extra_info["bytes"] = moved
+        benchmark.pedantic(function, rounds=60, iterations=1, warmup_rounds=10)
+        stats = benchmark.stats
+        if stats is not None:
+            self.rows.setdefault(group, {})[name] = (statistics.median(stats.stats.data), moved)
+
+    def print(self) -> None:
+        for group, rows in self.rows.items():
+            ours = rows["ours"][0]
+            print(f"\n{group}")
+            for name, (seconds, moved) in rows.items():
+                speed = f"{moved / seconds / 1e9:6.2f} GB/s"
+                print(f"  {name:<28} {seconds * 1e3:8.3f} ms  {speed}  {seconds / ours:6.2f} x ours")
+
+
+@pytest.fixture(scope="session")
+def table() -> Any:
+    collected = Table()
+    yield collected
+    collected.print()
