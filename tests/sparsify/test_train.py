@@ -397,7 +397,7 @@ def test_two_processes_train_as_one(
             env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
             check=False,
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
