@@ -1,5 +1,6 @@
-// random_mask on the CPU: draw a key a unit, keep the units with the smallest, copy those and read no other.
-// The definition is sparsify_kernels/random_mask/reference.py; the index is bit-identical to it.
+// random_mask on the CPU: draw a key a unit, keep the units with the smallest,
+// copy those and read no other. The definition is
+// sparsify_kernels/random_mask/reference.py; the index is bit-identical to it.
 
 #include <algorithm>
 #include <cstdint>
@@ -48,7 +49,8 @@ UnitKeys pick_unit_keys() {
   return base::unit_keys;
 }
 
-// The `kept` units with the smallest keys, ascending; ties to the lower unit. `order` holds `units` entries of scratch.
+// The `kept` units with the smallest keys, ascending; ties to the lower unit.
+// `order` holds `units` entries of scratch.
 void select_units(const uint32_t* keys, int64_t units, int64_t kept, uint64_t* order, int64_t* index) {
   for (int64_t u = 0; u < units; ++u) {
     order[u] = uint64_t{keys[u]} << 32 | static_cast<uint64_t>(u);  // U < 2^32: the counter word is 32 bits
@@ -62,7 +64,8 @@ void select_units(const uint32_t* keys, int64_t units, int64_t kept, uint64_t* o
   }
 }
 
-// The same within each 2x2 block of a grid `width` units wide: a unit stays when fewer than `per_block` come before it.
+// The same within each 2x2 block of a grid `width` units wide: a unit stays
+// when fewer than `per_block` come before it.
 void select_in_blocks(const uint32_t* keys, int64_t units, int64_t width, int64_t per_block, int64_t* index) {
   for (int64_t u = 0, j = 0; u < units; ++u) {
     const int64_t row = u / width, col = u % width;
@@ -83,67 +86,80 @@ void check(bool ok, const char* text) {
   }
 }
 
-// x [B, U, P], seed int64 [] or [B] -> tokens [B, K, P], index int64 [B, K].
-std::tuple<Tensor, Tensor> random_mask(const Tensor& x, const Tensor& seed, int64_t kept, int64_t grid_width) {
-  const int64_t samples = x.size(0), units = x.size(1), values = x.size(2),
-                bytes = static_cast<int64_t>(x.element_size());
+// The size and seed checks that the kernel's memory safety and the contract
+// rest on; the public function has made all others.
+void check_arguments(const Tensor& x, const Tensor& seed, int64_t kept, int64_t grid_width) {
+  const int64_t samples = x.size(0), units = x.size(1);
   check(kept >= 1 && kept <= units && units < (int64_t{1} << 32),
         "random_mask: kept must be in [1, U], with U < 2**32");
   const bool fits = grid_width > 0 && grid_width % 2 == 0 && units % (2 * grid_width) == 0 && 4 * kept % units == 0;
   check(grid_width == 0 || fits,
-        "random_mask: grid_width must be an even divisor of U, and kept 1, 2 or 3 quarters of U");
-  const bool shared_seed = seed.dim() == 0;
-  check(shared_seed || (seed.dim() == 1 && seed.size(0) == samples), "random_mask: seed must be [] or [B]");
-
+        "random_mask: grid_width must be an even divisor of U, and kept 1, 2 "
+        "or 3 quarters of U");
+  check(seed.dim() == 0 || (seed.dim() == 1 && seed.size(0) == samples), "random_mask: seed must be [] or [B]");
   const int64_t* seeds = static_cast<const int64_t*>(seed.const_data_ptr());
-  const int64_t seed_stride = shared_seed ? 0 : seed.stride(0);
-  for (int64_t b = 0; b < (shared_seed ? 1 : samples); ++b) {
-    if (seeds[b * seed_stride] < 0) {
-      throw std::runtime_error("random_mask: seed must be in [0, 2**63), got " +
-                               std::to_string(seeds[b * seed_stride]));
+  for (int64_t b = 0; b < seed.numel(); ++b) {
+    const int64_t value = seeds[seed.dim() == 0 ? 0 : b * seed.stride(0)];
+    if (value < 0) {
+      throw std::runtime_error("random_mask: seed must be in [0, 2**63), got " + std::to_string(value));
     }
   }
+}
 
-  Tensor tokens = torch::stable::new_empty(x, {samples, kept, values});
+// index int64 [B, K] of the units that stay.
+Tensor draw(const Tensor& seed, int64_t samples, int64_t units, int64_t kept, int64_t grid_width) {
   Tensor index = torch::stable::new_empty(seed, {samples, kept});
   int64_t* kept_units = static_cast<int64_t*>(index.mutable_data_ptr());
+  const int64_t* seeds = static_cast<const int64_t*>(seed.const_data_ptr());
+  const bool shared = seed.dim() == 0;
+  const int64_t seed_stride = shared ? 0 : seed.stride(0);
   const UnitKeys unit_keys = pick_unit_keys();
-  const int64_t row_bytes = values * bytes;
-  const char* from = static_cast<const char*>(x.const_data_ptr());
-  char* to = static_cast<char*>(tokens.mutable_data_ptr());
-  const int64_t sample_stride = x.stride(0) * bytes, unit_stride = x.stride(1) * bytes, value_stride = x.stride(2);
-
-  const auto draw = [&](int64_t b, uint32_t* keys, uint64_t* order) {
-    unit_keys(keys, units, shared_seed ? static_cast<uint32_t>(b) : 0, static_cast<uint64_t>(seeds[b * seed_stride]));
-    if (grid_width > 0) {
-      select_in_blocks(keys, units, grid_width, 4 * kept / units, kept_units + b * kept);
-    } else {
-      select_units(keys, units, kept, order, kept_units + b * kept);
-    }
-  };
-  const auto copy = [&](int64_t row) {  // row of [B * K]
-    const char* unit = from + row / kept * sample_stride + kept_units[row] * unit_stride;
-    copy_row(to + row * row_bytes, unit, values, value_stride, bytes);
-  };
-
   torch::stable::parallel_for(0, samples, grain(64 * units), [&](int64_t begin, int64_t end) {
     const auto keys = std::make_unique<uint32_t[]>(static_cast<size_t>(units));
     const auto order = std::make_unique<uint64_t[]>(static_cast<size_t>(units));
     for (int64_t b = begin; b < end; ++b) {
-      draw(b, keys.get(), order.get());
+      unit_keys(keys.get(), units, shared ? static_cast<uint32_t>(b) : 0,
+                static_cast<uint64_t>(seeds[b * seed_stride]));
+      if (grid_width > 0) {
+        select_in_blocks(keys.get(), units, grid_width, 4 * kept / units, kept_units + b * kept);
+      } else {
+        select_units(keys.get(), units, kept, order.get(), kept_units + b * kept);
+      }
     }
   });
-  if (row_bytes > 0) {
-    torch::stable::parallel_for(0, samples * kept, grain(row_bytes), [&](int64_t begin, int64_t end) {
-      for (int64_t row = begin; row < end; ++row) {
-        copy(row);
-      }
-    });
-  }
-  return {tokens, index};
+  return index;
 }
 
-// grad [B, K, P], index int64 [B, K] ascending -> [B, units, P]: every row is written once, a copy or zeros.
+// x [B, U, P], index int64 [B, K] in [0, U) -> [B, K, P].
+Tensor copy_units(const Tensor& x, const Tensor& index) {
+  const int64_t samples = x.size(0), values = x.size(2), kept = index.size(1);
+  const int64_t bytes = static_cast<int64_t>(x.element_size()), row_bytes = values * bytes;
+  Tensor tokens = torch::stable::new_empty(x, {samples, kept, values});
+  if (row_bytes == 0) {
+    return tokens;
+  }
+  const int64_t* kept_units = static_cast<const int64_t*>(index.const_data_ptr());
+  const char* from = static_cast<const char*>(x.const_data_ptr());
+  char* to = static_cast<char*>(tokens.mutable_data_ptr());
+  const int64_t sample_stride = x.stride(0) * bytes, unit_stride = x.stride(1) * bytes, value_stride = x.stride(2);
+  torch::stable::parallel_for(0, samples * kept, grain(row_bytes), [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {  // row of [B * K]
+      const char* unit = from + row / kept * sample_stride + kept_units[row] * unit_stride;
+      copy_row(to + row * row_bytes, unit, values, value_stride, bytes);
+    }
+  });
+  return tokens;
+}
+
+// x [B, U, P], seed int64 [] or [B] -> tokens [B, K, P], index int64 [B, K].
+std::tuple<Tensor, Tensor> random_mask(const Tensor& x, const Tensor& seed, int64_t kept, int64_t grid_width) {
+  check_arguments(x, seed, kept, grid_width);
+  Tensor index = draw(seed, x.size(0), x.size(1), kept, grid_width);
+  return {copy_units(x, index), index};
+}
+
+// grad [B, K, P], index int64 [B, K] ascending -> [B, units, P]: every row is
+// written once, a copy or zeros.
 Tensor random_mask_backward(const Tensor& grad, const Tensor& index, int64_t units) {
   const int64_t samples = grad.size(0), kept = grad.size(1), values = grad.size(2);
   check(index.dim() == 2 && index.size(0) == samples && index.size(1) == kept && units >= 0,

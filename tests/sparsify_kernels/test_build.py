@@ -69,7 +69,7 @@ def test_a_failed_build_says_what_the_compiler_said_and_replaces_nothing(
     (target / "_C.abi3.so").write_text("the old one")
     for ninja in (None, _build._ninja()):
         monkeypatch.setattr(_build, "_ninja", lambda found=ninja: found)
-        with pytest.raises(BuildError, match="the build failed: .*bad weather"):
+        with pytest.raises(BuildError, match=r"the build failed: .*bad weather"):
             _build.build(target)
         assert [p.read_text() for p in target.iterdir()] == ["the old one"]
 
