@@ -1,7 +1,7 @@
 """What travels between data, model and trainer: plain named tuples of tensors.
 
-Sizes: V videos, Q questions, T frames, S audio segments, Uv and Ua mask units a frame and a segment, P values a unit, L words.
-Units are row-major: unit ``u`` is row ``u // units``, column ``u % units`` of its frame or mel image.
+Sizes: V videos, Q questions, T frames, S audio segments, Uv and Ua mask units a frame and a segment, P values a unit,
+L words. Units are row-major: unit ``u`` is row ``u // units``, column ``u % units`` of its frame or mel image.
 """
 
 from __future__ import annotations

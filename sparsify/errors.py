@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-__all__ = ["SparsifyError", "DataError", "MediaError", "TruncatedMediaError", "CheckpointError", "ConfigError", "UsageError", "TrainingError"]
+__all__ = [
+    "SparsifyError",
+    "DataError",
+    "MediaError",
+    "TruncatedMediaError",
+    "CheckpointError",
+    "ConfigError",
+    "UsageError",
+    "TrainingError",
+]
 
 
 class SparsifyError(Exception):

@@ -2,13 +2,12 @@
 
 For every sampled frame, the visual tokens are split by the boxes of ``scenes.jsonl``:
 
-    sounding     covered by the box of a visible player who sounds at the time of the frame, for at least ``COVERED`` of the token's cell
+    sounding     at least ``COVERED`` of the token's cell lies in the box of a visible player who sounds just then
     background   not touched by any box
 
     AUC = P(score of a sounding token > score of a background token), ties count half; 0.5 is chance
 
-which is averaged over the frames that have both kinds. Key share: how much more often a sounding token is a key token than
-a background token is.
+which is averaged over the frames that have both kinds. Beside it: the share of each kind that became key tokens.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def read_scenes(root: Path, split: str) -> dict[str, dict[str, Any]]:
 
 
 def label_cells(scene: dict[str, Any], time: float, side: int) -> list[int]:
-    """For each of the ``side`` x ``side`` cells of the frame at ``time`` (seconds): 1 sounding, 0 background, -1 neither."""
+    """The ``side`` x ``side`` cells of the frame at ``time`` (seconds): 1 sounding, 0 background, -1 neither."""
     width = scene["size"] / side  # pixels
     labels = []
     for row in range(side):

@@ -72,7 +72,8 @@ def train(
     from accelerate import Accelerator
 
     output = Path(output)
-    accelerator = Accelerator(mixed_precision="no")  # autocast is ours: evaluation and training share it
+    # Autocast is ours: evaluation and training share it. Accelerate joins torchrun's processes on a CPU only if told.
+    accelerator = Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available())
     with contextlib.ExitStack() as stack:
         if accelerator.is_main_process:
             stack.enter_context(lock_run(output))

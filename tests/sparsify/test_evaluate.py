@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from sparsify.data.cache import ClipCache
 
 from sparsify.config import Config
+from sparsify.data.cache import ClipCache
 from sparsify.data.music_avqa import DataRoot
 from sparsify.data.vocabulary import Vocabulary
 from sparsify.errors import DataError, UsageError
