@@ -1,4 +1,4 @@
-"""The real validation questions from end to end, with rendered stand-ins for 200 of their videos: check, train, eval."""
+"""The real validation questions from end to end, on rendered stand-ins for 200 of their videos: check, train, eval."""
 
 from __future__ import annotations
 
