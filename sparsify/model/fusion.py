@@ -7,6 +7,7 @@ video is copied to a question.
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from sparsify.batch import Questions
@@ -50,8 +51,36 @@ class FusionLayer(nn.Module):
         return x + self.drop(self.mlp(self.mlp_norm(x)))
 
 
+class TokenEvidence(nn.Module):
+    """What single super-tokens say about the answer, given the question: the strongest evidence, and all of it together.
+
+        e[k] = gelu(A token[k] * (1 + tanh(s(question))) + b(question))
+        evidence = W [max_k e[k], sum_k size[k] e[k] / sum_k size[k]]
+
+    Attention averages: early in training, when it is still flat, a small instrument is a few tokens in many and hardly
+    moves the average, so nothing learns to see it. The maximum lets one token speak at once; the mean, which sizes
+    weight, keeps what is needed for counting.
+    """
+
+    def __init__(self, dim: int, question_dim: int, answers: int) -> None:
+        super().__init__()
+        self.token, self.question = nn.Linear(dim, dim), nn.Linear(question_dim, 2 * dim)
+        self.out = nn.Linear(2 * dim, answers)
+
+    def forward(self, tokens: Tensor, question: Tensor, video_index: Tensor, size: Tensor, valid: Tensor) -> Tensor:
+        """``tokens`` [V, K, D], ``question`` [Q, E] about the videos ``video_index`` [Q]; ``size``, ``valid`` [V, K] ->
+        [Q, answers].
+        """
+        scale, shift = self.question(question).unsqueeze(1).chunk(2, dim=-1)  # [Q, 1, D]
+        evidence = F.gelu(torch.addcmul(shift, self.token(tokens)[video_index], 1 + scale.tanh()))  # [Q, K, D]
+        share = torch.where(valid, size, 0.0)
+        share = (share / share.sum(1, keepdim=True)).to(evidence.dtype)[video_index].unsqueeze(1)  # [Q, 1, K]
+        strongest = evidence.masked_fill(~valid[video_index].unsqueeze(-1), -torch.inf).amax(1)
+        return self.out(torch.cat([strongest, (share @ evidence).squeeze(1)], dim=-1))
+
+
 class AnswerHead(nn.Module):
-    """All fusion layers, pooling and the classifier."""
+    """All fusion layers, pooling, the classifier, and the evidence of single tokens."""
 
     def __init__(self, config: FusionConfig, answers: int) -> None:
         super().__init__()
@@ -61,6 +90,7 @@ class AnswerHead(nn.Module):
         self.classifier = nn.Sequential(
             nn.Linear(2 * config.dim, config.dim), nn.GELU(), nn.Linear(config.dim, answers)
         )
+        self.evidence = TokenEvidence(config.dim, 2 * config.dim, answers)
 
     def forward(self, words: Tensor, word_valid: Tensor, questions: Questions, tokens: SuperTokens) -> Tensor:
         """Logits fp32 [Q, answers] from words [Q, L, D], of which the first stands for the whole question."""
@@ -70,4 +100,6 @@ class AnswerHead(nn.Module):
             assert isinstance(layer, FusionLayer)
             words = layer(words, word_mask, questions, layer.attention.keys(y), mask)
         mean = (words * word_valid.unsqueeze(-1)).sum(1) / word_valid.sum(1, keepdim=True)
-        return self.classifier(self.norm(torch.cat([words[:, 0], mean], dim=-1))).float()
+        question = self.norm(torch.cat([words[:, 0], mean], dim=-1))
+        evidence = self.evidence(y, question, questions.video_index, tokens.size, tokens.valid)
+        return (self.classifier(question) + evidence).float()
