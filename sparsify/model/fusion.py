@@ -1,7 +1,7 @@
 """A question's words attend to a video's super-tokens; an answer comes out.
 
-Questions of one video share its keys and values: their words are packed as [V, width * L] queries, so nothing of the
-video is copied to a question.
+Questions of one video share its keys and values: their words are packed as [V, width * L] queries, so the attention
+copies nothing of the video to a question.
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class TokenEvidence(nn.Module):
         self.out = nn.Linear(2 * dim, answers)
 
     def forward(self, tokens: Tensor, question: Tensor, video_index: Tensor, size: Tensor, valid: Tensor) -> Tensor:
-        """``tokens`` [V, K, D], ``question`` [Q, E] about the videos ``video_index`` [Q]; ``size``, ``valid`` [V, K] ->
-        [Q, answers].
+        """Logits [Q, answers] of ``question`` [Q, E] about the videos ``video_index`` int64 [Q], whose super-tokens are
+        ``tokens`` [V, K, D] with ``size`` and ``valid`` [V, K].
         """
         scale, shift = self.question(question).unsqueeze(1).chunk(2, dim=-1)  # [Q, 1, D]
         evidence = F.gelu(torch.addcmul(shift, self.token(tokens)[video_index], 1 + scale.tanh()))  # [Q, K, D]

@@ -25,11 +25,13 @@ __all__ = [
 
 
 class WordVocabulary(Protocol):
-    """What the model needs of a vocabulary: how many ids there are (0 is padding), and how it is saved."""
+    """What the model needs of a vocabulary: ids of words (0 is padding), and how it is saved."""
 
     def __len__(self) -> int: ...
 
     def encode(self, text: str, max_words: int) -> list[int]: ...
+
+    def unknown(self, text: str) -> list[str]: ...
 
     def to_json(self) -> str: ...
 
