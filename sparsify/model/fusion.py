@@ -52,7 +52,7 @@ class FusionLayer(nn.Module):
 
 
 class TokenEvidence(nn.Module):
-    """What single super-tokens say about the answer, given the question: the strongest evidence, and all of it together.
+    """What single super-tokens say about the answer, given the question: the strongest evidence, and all of it.
 
         e[k] = gelu(A token[k] * (1 + tanh(s(question))) + b(question))
         evidence = W [max_k e[k], sum_k size[k] e[k] / sum_k size[k]]

@@ -244,7 +244,7 @@ def always_save(init: Callable[..., None]) -> Callable[..., None]:
 
 
 def test_the_best_checkpoint_is_the_earliest_of_the_best_on_validation(
-    run: Run, tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tiny_config: Config, tiny_root: DataRoot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     accuracy = {0: 0.25, 1: 0.5, 2: 0.5, 3: 0.1}
     validate = Trainer.validate
@@ -266,6 +266,10 @@ def test_the_best_checkpoint_is_the_earliest_of_the_best_on_validation(
     assert results["best"] == {"epoch": 1, "val_accuracy": 0.5}
     best = SparsifyModel.from_pretrained(tmp_path / "run" / "best")
     assert torch.equal(next(best.parameters()), weights[1])
+    judged = evaluate(best, tiny_root, "test", precision="fp32")
+    assert results["evaluation"]["unmasked"]["loss"] == pytest.approx(judged.loss, rel=1e-6)
+    last = evaluate(SparsifyModel.from_pretrained(tmp_path / "run" / "last"), tiny_root, "test", precision="fp32")
+    assert abs(last.loss - judged.loss) > 1e-4
 
 
 def test_the_epoch_is_judged_on_validation_never_on_test(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
