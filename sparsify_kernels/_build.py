@@ -1,8 +1,8 @@
 """Compiles the CPU kernels: for setup.py, and for ``python -m sparsify_kernels.build``.
 
 Two modules come out of ``csrc/``, next to this file: ``_C`` (the ops, on torch's stable ABI: one binary for every
-torch from 2.10 and every Python from 3.10) and ``_info`` (pybind11, for this Python; left out with a note where pybind11 is
-missing). ``setup.py`` loads this file by its path: at its top it imports nothing but the standard library.
+torch from 2.10 and every Python from 3.10) and ``_info`` (pybind11, for this Python; left out with a note where
+pybind11 is missing). ``setup.py`` loads this file by its path: at its top it imports nothing but the standard library.
 """
 
 from __future__ import annotations
