@@ -382,12 +382,12 @@ def _validate_model(config: Config) -> None:
 _PAPER = Config(train=TrainConfig(encoder_lr=1e-5))
 _DEMO = Config(
     clip=ClipConfig(frames=4, segments=1, segment_seconds=4.0),
-    vision=VisionConfig(image_size=128, patch_size=8, window_size=4, embed_dim=48, depths=(2, 2, 2), heads=(3, 6, 12)),
-    audio=AudioConfig(spec_size=128, patch_size=8, window_size=4, embed_dim=48, depths=(2, 2, 2), heads=(3, 6, 12)),
+    vision=VisionConfig(image_size=128, patch_size=8, window_size=4, embed_dim=32, depths=(1, 2, 1), heads=(2, 4, 8)),
+    audio=AudioConfig(spec_size=128, patch_size=8, window_size=4, embed_dim=32, depths=(1, 2, 1), heads=(2, 4, 8)),
     text=TextConfig(dim=128, layers=1, dropout=0.0),
-    mask=MaskConfig(epochs=(0, -1)),
+    mask=MaskConfig(epochs=(0, -4)),
     fusion=FusionConfig(dim=128, adapter_latents=4, adapter_dim=32, dropout=0.0),
-    train=TrainConfig(epochs=8, videos=32, lr=1e-3, encoder_lr=1e-3),
+    train=TrainConfig(epochs=8, videos=24, lr=1e-3, encoder_lr=1e-3),
 )
 
 PRESETS: dict[str, Config] = {
