@@ -156,6 +156,27 @@ def test_a_checkpoint_is_found_after_a_kill_at_any_moment_of_its_writing(tmp_pat
     assert sorted(p.name for p in tmp_path.iterdir()) == ["last"]
 
 
+@pytest.mark.parametrize("renames", [0, 1])
+def test_a_kill_before_or_between_the_renames_loses_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, renames: int
+) -> None:
+    target, done, rename = tmp_path / "last", [], os.rename
+    write_folder(target, lambda folder: (folder / "a").write_text("old") and None)
+
+    def killed(source: Path, destination: Path) -> None:
+        if len(done) == renames:
+            raise SystemExit
+        done.append(1)
+        rename(source, destination)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "rename", killed)
+        with pytest.raises(SystemExit):
+            write_folder(target, lambda folder: (folder / "a").write_text("new") and None)
+    assert recover(target)
+    assert (target / "a").read_text() == "old"
+
+
 def test_text_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     write_text(tmp_path / "a", "one")
     with pytest.raises(UnicodeEncodeError):
