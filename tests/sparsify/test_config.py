@@ -223,7 +223,7 @@ class TestKeepAt:
 
     def test_the_presets(self):
         assert self.keeps(PAPER) == [0.5] * 3 + [1.0] * 12
-        assert self.keeps(DEMO) == [0.5] * (DEMO.train.epochs - 1) + [1.0]
+        assert self.keeps(DEMO) == [0.5] * 4 + [1.0] * 4
 
 
 class TestJson:
