@@ -183,8 +183,8 @@ def _load(file: Path, *, verify: bool) -> Clip | None:
         with safetensors.safe_open(file, "pt") as opened:
             checksums = (opened.metadata() or {}).get("crc32")
             tensors = {name: opened.get_tensor(name) for name in Clip._fields}
-    except (OSError, safetensors.SafetensorError):
-        return None
+    except (OSError, safetensors.SafetensorError, RuntimeError):
+        return None  # a RuntimeError: the file went away between reading its header and torch's mapping it
     if verify and checksums != _checksums(tensors):
         return None
     return Clip(**tensors)

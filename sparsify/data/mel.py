@@ -44,18 +44,21 @@ def log_mel(wave: Tensor, clip: ClipConfig, mel_bins: int) -> Tensor:
     Returns:
         fp32 [frames, mel_bins] in dB, frames = samples // hop + 1, lowest band first.
     """
+    # In numpy and without a matrix product, all in this thread: decoding goes on beside it, and threads of torch's or
+    # of BLAS would spin on its cores.
     samples = round(clip.segment_seconds * clip.sample_rate)
-    wave = wave[:samples].double()
-    if 0 < len(wave) < samples:
-        wave = wave.repeat(samples // len(wave))
-    wave = torch.nn.functional.pad(wave, (0, samples - len(wave)))
-    # The same as torch.stft, which takes three times as long here.
-    wave = torch.nn.functional.pad(wave[None], (clip.fft // 2, clip.fft // 2), mode="reflect")[0]
-    windows = wave.unfold(0, clip.fft, clip.hop) * torch.hann_window(clip.fft, dtype=torch.float64)
-    filters = _filters(clip.sample_rate, clip.fft, clip.f_min, clip.f_max, mel_bins)
-    spectrum = torch.fft.rfft(windows)[:, : len(filters)]  # [frames, bins]
-    power = torch.view_as_real(spectrum).square().sum(dim=-1)
-    return 10 * torch.log10((power @ filters).clamp(min=_FLOOR)).float()
+    sound = wave[:samples].numpy().astype(np.float64)
+    if 0 < len(sound) < samples:
+        sound = np.tile(sound, samples // len(sound))
+    sound = np.pad(sound, (0, samples - len(sound)))
+    sound = np.pad(sound, clip.fft // 2, mode="reflect")
+    windows = np.lib.stride_tricks.sliding_window_view(sound, clip.fft)[:: clip.hop]
+    hann = 0.5 - 0.5 * np.cos(2 * np.pi * np.arange(clip.fft) / clip.fft)
+    bands = _bands(clip.sample_rate, clip.fft, clip.f_min, clip.f_max, mel_bins)
+    spectrum = np.fft.rfft(windows * hann)[:, : max(last for _, last, _ in bands)]  # [frames, bins]
+    power = spectrum.real**2 + spectrum.imag**2
+    mels = np.stack([np.einsum("fb,b->f", power[:, first:last], weights) for first, last, weights in bands], axis=1)
+    return torch.from_numpy(10 * np.log10(np.maximum(mels, _FLOOR)).astype(np.float32))
 
 
 def mel_image(decibels: Tensor, audio: AudioConfig) -> Tensor:
@@ -130,8 +133,9 @@ def mel_filters(sample_rate: int, fft: int, f_min: float, f_max: float, mel_bins
 
 
 @functools.lru_cache(maxsize=8)
-def _filters(sample_rate: int, fft: int, f_min: float, f_max: float, mel_bins: int) -> Tensor:
-    """``mel_filters`` without the bins above ``f_max``, which no filter takes."""
+def _bands(sample_rate: int, fft: int, f_min: float, f_max: float, mel_bins: int) -> list[tuple[int, int, np.ndarray]]:
+    """``mel_filters`` without its zeros: for each band the bins [first, last) it takes, and their weights."""
     filters = mel_filters(sample_rate, fft, f_min, f_max, mel_bins)
-    used = filters.any(axis=1).nonzero()[0]
-    return torch.from_numpy(filters[: used.max(initial=0) + 1].copy())
+    taken = [np.flatnonzero(column) for column in filters.T]
+    spans = [(int(bins[0]), int(bins[-1]) + 1) if len(bins) else (0, 1) for bins in taken]
+    return [(first, last, filters[first:last, m].copy()) for m, (first, last) in enumerate(spans)]
