@@ -78,6 +78,24 @@ def seeds(samples: int) -> list[Tensor]:
     return [torch.tensor(2**62 + 12345), torch.randint(0, 2**63 - 1, (samples,))]
 
 
+# Seeds that give two of the first four units the same key: seed, kept units of four, which ones.
+TIES = [
+    (104069162, 3, [0, 1, 2]),  # units 2 and 3 are equal, third and fourth
+    (328789540, 1, [1]),  # 1 and 2, the smallest
+    (1882555580, 1, [0]),  # 0 and 3, the smallest
+    (2664206701, 3, [0, 1, 3]),  # 0 and 2, third and fourth
+]
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+@pytest.mark.parametrize(("seed", "kept", "expected"), TIES)
+def test_ties_go_to_the_lower_unit(backend: str, seed: int, kept: int, expected: list[int]) -> None:
+    device = DEVICE.get(backend, "cpu")
+    x, seeds = torch.zeros(1, 4, 0, device=device), torch.tensor([seed], device=device)
+    for width in (0, 2):
+        assert FORWARD[backend](x, seeds, kept, width)[1].tolist() == [expected]
+
+
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_forward_and_backward_agree_with_the_reference(backend: str, shape: tuple[int, ...]) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from sparsify_kernels import RandomMask, random_mask
+from sparsify_kernels import RandomMask, _registry, random_mask
 from sparsify_kernels.random_mask import reference
 
 # Known answers of Philox4x32-10, from the tests of Random123 (Salmon et al., SC 2011): counter, key, result.
@@ -85,8 +85,11 @@ def test_masks_never_change(arguments: dict[str, Any], expected: list[list[int]]
 @pytest.mark.parametrize("seed", [0, 12345678901234567, 2**63 - 1, [3, 2**33, 2**62 + 11]])
 def test_masks_are_those_of_the_definition(seed: int | list[int]) -> None:
     x = torch.zeros(3, 37, 1)
-    given = seed if isinstance(seed, int) else torch.tensor(seed)
-    assert random_mask(x, 0.3, seed=given).index.tolist() == oracle(3, 37, 11, seed)
+    given, expected = torch.tensor(seed), oracle(3, 37, 11, seed)
+    assert random_mask(x, 0.3, seed=seed if isinstance(seed, int) else given).index.tolist() == expected
+    for name, implementation in _registry.implementations("random_mask").items():
+        device = "cuda" if name == "triton" and torch.cuda.is_available() else "cpu"
+        assert implementation(x.to(device), given.to(device), 11, 0)[1].tolist() == expected, name
 
 
 @pytest.mark.parametrize(
