@@ -106,56 +106,96 @@ void check_arguments(const Tensor& x, const Tensor& seed, int64_t kept, int64_t 
   }
 }
 
-// index int64 [B, K] of the units that stay.
-Tensor draw(const Tensor& seed, int64_t samples, int64_t units, int64_t kept, int64_t grid_width) {
-  Tensor index = torch::stable::new_empty(seed, {samples, kept});
-  int64_t* kept_units = static_cast<int64_t*>(index.mutable_data_ptr());
-  const int64_t* seeds = static_cast<const int64_t*>(seed.const_data_ptr());
-  const bool shared = seed.dim() == 0;
-  const int64_t seed_stride = shared ? 0 : seed.stride(0);
-  const UnitKeys unit_keys = pick_unit_keys();
-  torch::stable::parallel_for(0, samples, grain(64 * units), [&](int64_t begin, int64_t end) {
-    const auto keys = std::make_unique<uint32_t[]>(static_cast<size_t>(units));
-    const auto order = std::make_unique<uint64_t[]>(static_cast<size_t>(units));
+// Draws the units of one sample that stay.
+class Draw {
+ public:
+  Draw(const Tensor& seed, int64_t units, int64_t kept, int64_t grid_width)
+      : seeds_(static_cast<const int64_t*>(seed.const_data_ptr())),
+        seed_stride_(seed.dim() == 0 ? 0 : seed.stride(0)),
+        shared_(seed.dim() == 0),
+        units_(units),
+        kept_(kept),
+        grid_width_(grid_width),
+        unit_keys_(pick_unit_keys()) {}
+
+  // Samples begin..end of index [B, K].
+  void operator()(int64_t begin, int64_t end, int64_t* index) const {
+    const auto keys = std::make_unique<uint32_t[]>(static_cast<size_t>(units_));
+    const auto order = std::make_unique<uint64_t[]>(static_cast<size_t>(units_));
     for (int64_t b = begin; b < end; ++b) {
-      unit_keys(keys.get(), units, shared ? static_cast<uint32_t>(b) : 0,
-                static_cast<uint64_t>(seeds[b * seed_stride]));
-      if (grid_width > 0) {
-        select_in_blocks(keys.get(), units, grid_width, 4 * kept / units, kept_units + b * kept);
+      const uint64_t seed = static_cast<uint64_t>(seeds_[b * seed_stride_]);
+      unit_keys_(keys.get(), units_, shared_ ? static_cast<uint32_t>(b) : 0, seed);
+      if (grid_width_ > 0) {
+        select_in_blocks(keys.get(), units_, grid_width_, 4 * kept_ / units_, index + b * kept_);
       } else {
-        select_units(keys.get(), units, kept, order.get(), kept_units + b * kept);
+        select_units(keys.get(), units_, kept_, order.get(), index + b * kept_);
       }
     }
-  });
-  return index;
-}
-
-// x [B, U, P], index int64 [B, K] in [0, U) -> [B, K, P].
-Tensor copy_units(const Tensor& x, const Tensor& index) {
-  const int64_t samples = x.size(0), values = x.size(2), kept = index.size(1);
-  const int64_t bytes = static_cast<int64_t>(x.element_size()), row_bytes = values * bytes;
-  Tensor tokens = torch::stable::new_empty(x, {samples, kept, values});
-  if (row_bytes == 0) {
-    return tokens;
   }
-  const int64_t* kept_units = static_cast<const int64_t*>(index.const_data_ptr());
-  const char* from = static_cast<const char*>(x.const_data_ptr());
-  char* to = static_cast<char*>(tokens.mutable_data_ptr());
-  const int64_t sample_stride = x.stride(0) * bytes, unit_stride = x.stride(1) * bytes, value_stride = x.stride(2);
-  torch::stable::parallel_for(0, samples * kept, grain(row_bytes), [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {  // row of [B * K]
-      const char* unit = from + row / kept * sample_stride + kept_units[row] * unit_stride;
-      copy_row(to + row * row_bytes, unit, values, value_stride, bytes);
+
+ private:
+  const int64_t* seeds_;
+  int64_t seed_stride_;
+  bool shared_;
+  int64_t units_, kept_, grid_width_;
+  UnitKeys unit_keys_;
+};
+
+// Copies the units that stay, and reads no other.
+class Copy {
+ public:
+  Copy(const Tensor& x, const Tensor& tokens)
+      : from_(static_cast<const char*>(x.const_data_ptr())),
+        to_(static_cast<char*>(tokens.mutable_data_ptr())),
+        values_(x.size(2)),
+        kept_(tokens.size(1)),
+        bytes_(static_cast<int64_t>(x.element_size())),
+        sample_stride_(x.stride(0) * bytes_),
+        unit_stride_(x.stride(1) * bytes_),
+        value_stride_(x.stride(2)) {}
+
+  int64_t row_bytes() const {
+    return values_ * bytes_;
+  }
+
+  // Rows begin..end of [B * K].
+  void operator()(int64_t begin, int64_t end, const int64_t* index) const {
+    for (int64_t row = begin; row < end && row_bytes() > 0; ++row) {
+      const char* unit = from_ + row / kept_ * sample_stride_ + index[row] * unit_stride_;
+      copy_row(to_ + row * row_bytes(), unit, values_, value_stride_, bytes_);
     }
-  });
-  return tokens;
-}
+  }
+
+ private:
+  const char* from_;
+  char* to_;
+  int64_t values_, kept_, bytes_, sample_stride_, unit_stride_, value_stride_;
+};
 
 // x [B, U, P], seed int64 [] or [B] -> tokens [B, K, P], index int64 [B, K].
 std::tuple<Tensor, Tensor> random_mask(const Tensor& x, const Tensor& seed, int64_t kept, int64_t grid_width) {
   check_arguments(x, seed, kept, grid_width);
-  Tensor index = draw(seed, x.size(0), x.size(1), kept, grid_width);
-  return {copy_units(x, index), index};
+  const int64_t samples = x.size(0), units = x.size(1);
+  Tensor tokens = torch::stable::new_empty(x, {samples, kept, x.size(2)});
+  Tensor index = torch::stable::new_empty(seed, {samples, kept});
+  int64_t* kept_units = static_cast<int64_t*>(index.mutable_data_ptr());
+  const Draw draw(seed, units, kept, grid_width);
+  const Copy copy(x, tokens);
+
+  const int64_t threads = torch::stable::get_num_threads();
+  if (samples >= 4 * threads) {  // whole samples to each thread: threads meet once
+    const int64_t cost = 64 * units + kept * copy.row_bytes();
+    torch::stable::parallel_for(0, samples, grain(cost), [&](int64_t begin, int64_t end) {
+      draw(begin, end, kept_units);
+      copy(begin * kept, end * kept, kept_units);
+    });
+  } else {
+    torch::stable::parallel_for(0, samples, grain(64 * units),
+                                [&](int64_t begin, int64_t end) { draw(begin, end, kept_units); });
+    torch::stable::parallel_for(0, samples * kept, grain(copy.row_bytes()),
+                                [&](int64_t begin, int64_t end) { copy(begin, end, kept_units); });
+  }
+  return {tokens, index};
 }
 
 // grad [B, K, P], index int64 [B, K] ascending -> [B, units, P]: every row is

@@ -84,6 +84,7 @@ TIES = [
     (328789540, 1, [1]),  # 1 and 2, the smallest
     (1882555580, 1, [0]),  # 0 and 3, the smallest
     (2664206701, 3, [0, 1, 3]),  # 0 and 2, third and fourth
+    (4640527735, 3, [0, 1, 2]),  # 1 and 3, third and fourth
 ]
 
 
