@@ -205,7 +205,7 @@ def _raising(error: BaseException) -> object:
     [
         (KeyboardInterrupt(), 130, "sparsify: interrupted\n"),
         (KeyboardInterrupt("stopped; saved in runs/x"), 130, "sparsify: stopped; saved in runs/x\n"),
-        (PermissionError(13, "Permission denied", "/root/x"), 1, "sparsify: error: /root/x: Permission denied\n"),
+        (PermissionError(13, "Permission denied", "/some/x"), 1, "sparsify: error: /some/x: Permission denied\n"),
         (OSError(28, "No space left on device"), 1, "sparsify: error: No space left on device\n"),
         (MemoryError(), 1, "sparsify: error: out of memory\n"),
         (
