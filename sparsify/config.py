@@ -381,13 +381,13 @@ def _validate_model(config: Config) -> None:
 
 _PAPER = Config(train=TrainConfig(encoder_lr=1e-5))
 _DEMO = Config(
-    clip=ClipConfig(frames=4, segments=1, segment_seconds=4.0),
+    clip=ClipConfig(frames=4, segments=1, segment_seconds=4.0, sample_rate=24_000, fft=512, hop=384, f_max=11_000.0),
     vision=VisionConfig(image_size=128, patch_size=8, window_size=4, embed_dim=32, depths=(1, 2, 1), heads=(2, 4, 8)),
     audio=AudioConfig(spec_size=128, patch_size=8, window_size=4, embed_dim=32, depths=(1, 2, 1), heads=(2, 4, 8)),
     text=TextConfig(dim=128, layers=1, dropout=0.0),
-    mask=MaskConfig(epochs=(0, -4)),
+    mask=MaskConfig(epochs=(0, -7)),
     fusion=FusionConfig(dim=128, adapter_latents=4, adapter_dim=32, dropout=0.0),
-    train=TrainConfig(epochs=8, videos=24, lr=1e-3, encoder_lr=1e-3),
+    train=TrainConfig(epochs=9, videos=24, lr=1e-3, encoder_lr=1e-3),
 )
 
 PRESETS: dict[str, Config] = {

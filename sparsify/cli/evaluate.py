@@ -43,6 +43,12 @@ def add(commands: Any) -> None:
     results = parser.add_argument_group("results")
     results.add_argument("--predictions", metavar="FILE", type=Path, help="write every answer to FILE (.json or .csv)")
     results.add_argument("--json", metavar="FILE", type=Path, help="write the scores to FILE")
+    results.add_argument(
+        "--localisation",
+        action="store_true",
+        help="on a rendered data set, which knows where its players are: do the merge scores rank those that sound "
+        "above the background?",
+    )
     data = parser.add_argument_group("data")
     data.add_argument("--cache", metavar="DIR", type=Path, help="decoded clips (default: ROOT/cache)")
     data.add_argument(
@@ -68,18 +74,22 @@ def run(args: argparse.Namespace) -> int:
     checkpoint_folder(args.run_folder)
     root = DataRoot(args.root, train=args.train, val=args.val, test=args.test)
     split = root.split(args.split)
+    from sparsify.report.localisation import read_scenes
+
+    scenes = read_scenes(root.root, args.split) if args.localisation else None
     from sparsify.progress import progress_bar
     from sparsify.training.evaluate import evaluate, write_predictions
 
     model = load_model(args.run_folder)
     if args.masked and model.config.dense:
         raise UsageError(f"--masked: {args.run_folder} is a dense model, which is never masked")
+    cache = open_cache(args.cache or root.root / "cache", model.config)
     with progress_bar(f"eval {args.split}", len(split.videos)) as advance:
         result = evaluate(
             model,
             root,
             split,
-            cache=open_cache(args.cache or root.root / "cache", model.config),
+            cache=cache,
             batch_size=args.videos,
             masked=args.masked,
             inputs=model.config.train.inputs,
@@ -93,7 +103,17 @@ def run(args: argparse.Namespace) -> int:
     if args.json is not None:
         write_json(args.json, result.to_dict(), "--json")
     _print(result, split)
+    if scenes is not None:
+        print(f"\n{_localise(model, root, split, cache, result, scenes).text()}")
     return 0
+
+
+def _localise(model: Any, root: Any, split: Any, cache: Any, result: Any, scenes: dict[str, Any]) -> Any:
+    from sparsify.data.dataset import VideoDataset
+    from sparsify.report.localisation import localisation
+
+    dataset = VideoDataset(root, split, model.config, model.vocabulary, cache, result.inputs, result.skipped)
+    return localisation(model, dataset, scenes)
 
 
 def _print(result: Any, split: Any) -> None:

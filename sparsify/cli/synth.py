@@ -41,6 +41,13 @@ def add(commands: Any) -> None:
     clip.add_argument("--seconds", metavar="SECONDS", type=positive, default=4.0, help="length of a clip: 3 to 600")
     clip.add_argument("--size", metavar="PIXELS", type=count, default=128, help="width and height: even, 32 to 2048")
     clip.add_argument("--fps", metavar="FPS", type=count, default=8, help="frames per second: 1 to 60")
+    clip.add_argument(
+        "--questions",
+        metavar=("LEAST", "MOST"),
+        nargs=2,
+        type=count,
+        help="questions about a clip, as many as its scene answers (default: 3 4)",
+    )
     clip.add_argument("--seed", metavar="SEED", type=seed, default=0, help="decides everything that is drawn")
     parser.add_argument("--workers", metavar="N", type=count, help="rendering processes (default: one a core)")
     standins = parser.add_argument_group("stand-ins for a real data set")
@@ -57,6 +64,8 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.videos is not None and args.standins is None:
         raise UsageError("--videos is for --standins FILE; for a data set of its own give --train, --val and --test")
+    if args.questions is not None and args.standins is not None:
+        raise UsageError("--questions is for a data set of its own; stand-ins are asked what FILE asks")
     from sparsify import synth
     from sparsify.cli._progress import counting_bar
 
@@ -68,7 +77,8 @@ def run(args: argparse.Namespace) -> int:
                 args.root, args.standins, videos=200 if args.videos is None else args.videos, **options
             )
         else:
-            synth.write(args.root, train=args.train, val=args.val, test=args.test, **options)
+            asked = tuple(args.questions or (3, 4))
+            synth.write(args.root, train=args.train, val=args.val, test=args.test, questions=asked, **options)
     if args.standins is not None:
         print(f"stand-in clips in {args.root / 'videos'} for the first {len(ids):,} videos of {args.standins}")
     else:

@@ -62,7 +62,7 @@ def write_standins(
             shutil.copyfile(source, target)
     except OSError as error:
         raise DataError(f"synth: {root} cannot be written: {error.strerror}") from error
-    render_clips(jobs, workers=workers, progress=progress)
+    render_clips(jobs, len(jobs), workers=workers, progress=progress)
     return [video_id for video_id, _ in chosen]
 
 

@@ -11,13 +11,13 @@ import json
 import os
 import random
 import signal
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from sparsify.errors import DataError, UsageError
 from sparsify.synth.movie import render_clip
@@ -69,12 +69,14 @@ def write(
     _claim(root, settings)
     rows: dict[str, list[dict[str, Any]]] = {}
     scenes: list[dict[str, Any]] = []
-    jobs: list[Job] = []
-    for split, video_id, clip in _planned(settings):
-        scenes.append({"video_id": video_id, "split": split} | clip.scene.to_dict())
-        jobs.append((clip.scene.to_dict(), str(root / "videos" / f"{video_id}.mp4"), fps))
-        rows.setdefault(split, []).extend(_rows(video_id, clip))
-    render_clips(jobs, workers=workers, progress=progress)
+
+    def jobs() -> Iterator[Job]:
+        for split, video_id, clip in _planned(settings):
+            scenes.append({"video_id": video_id, "split": split} | clip.scene.to_dict())
+            rows.setdefault(split, []).extend(_rows(video_id, clip))
+            yield clip.scene.to_dict(), str(root / "videos" / f"{video_id}.mp4"), fps
+
+    render_clips(jobs(), train + val + test, workers=workers, progress=progress)
     settle(root / "scenes.jsonl", "".join(json.dumps(scene) + "\n" for scene in scenes))
     first = 0
     for split in SPLITS:
@@ -158,34 +160,61 @@ def _rows(video_id: str, clip: PlannedClip) -> Iterator[dict[str, Any]]:
         }
 
 
-def render_clips(jobs: list[Job], *, workers: int | None = None, progress: Progress | None = None) -> None:
-    """Render the jobs whose file is not there yet, in ``workers`` processes; ``progress(done, total)`` counts all
-    of them.
+def render_clips(
+    jobs: Iterable[Job], total: int, *, workers: int | None = None, progress: Progress | None = None
+) -> None:
+    """Render the ``total`` jobs whose file is not there yet, in ``workers`` processes, while later jobs are still being
+    planned; ``progress(done, total)`` counts all of them.
 
     An interrupt leaves whole files only. Raises ``DataError`` when a file cannot be written or a worker dies.
     """
-    missing = [job for job in jobs if not Path(job[1]).exists()]
-    done = len(jobs) - len(missing)
-    chunks = [missing[i : i + CHUNK] for i in range(0, len(missing), CHUNK)]
-    workers = min(workers or len(os.sched_getaffinity(0)), max(1, len(chunks)))
-    if progress:
-        progress(done, len(jobs))
-    for finished in _run(chunks, workers):
+    advance = progress or (lambda done, total: None)
+    done = 0
+    advance(done, total)
+    for finished in _run(_missing(jobs), min(workers or len(os.sched_getaffinity(0)), -(-total // CHUNK))):
         done += finished
-        if progress:
-            progress(done, len(jobs))
+        advance(done, total)
 
 
-def _run(chunks: list[list[Job]], workers: int) -> Iterator[int]:
+class _Chunk(NamedTuple):
+    """Some clips to render, and how many were there already when it was put together."""
+
+    jobs: list[Job]
+    there: int
+
+
+def _missing(jobs: Iterable[Job]) -> Iterator[_Chunk]:
+    missing: list[Job] = []
+    there = 0
+    for job in jobs:
+        if Path(job[1]).exists():
+            there += 1
+        else:
+            missing.append(job)
+        if len(missing) == CHUNK:
+            yield _Chunk(missing, there)
+            missing, there = [], 0
+    yield _Chunk(missing, there)
+
+
+def _run(chunks: Iterator[_Chunk], workers: int) -> Iterator[int]:
     """Yields the number of clips of each chunk when it is done, in any order."""
     if workers <= 1:
-        for job in (job for chunk in chunks for job in chunk):
-            yield _render_chunk([job])
+        for chunk in chunks:
+            yield chunk.there
+            for job in chunk.jobs:
+                yield _render_chunk([job])
         return
     # Spawned, not forked: the caller may hold threads (torch's pool), which a fork would freeze in the child.
     with _pool(workers) as pool:
-        waiting: set[Future[int]] = {pool.submit(_render_chunk, chunk) for chunk in chunks}
+        waiting: set[Future[int]] = set()
         try:
+            for chunk in chunks:
+                yield chunk.there
+                if chunk.jobs:
+                    waiting.add(pool.submit(_render_chunk, chunk.jobs))
+                ready, waiting = wait(waiting, timeout=0)
+                yield from (future.result() for future in ready)
             while waiting:
                 ready, waiting = wait(waiting, return_when="FIRST_COMPLETED")
                 yield from (future.result() for future in ready)

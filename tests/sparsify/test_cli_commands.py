@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+from collections import Counter
 from pathlib import Path
 from types import ModuleType
 
@@ -85,6 +87,24 @@ def test_eval_prints_the_table_and_writes_what_it_is_asked_to(place: Path, capsy
     assert rows[0] == "question_id,type,answer,probability,correct"
     assert [int(row.split(",")[0]) for row in rows[1:]] == [question["question_id"] for question in questions]
     assert json.loads(scores.read_text())["scored"] == n
+
+
+def test_eval_tells_where_the_scores_look(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(place / "run"), str(place / "data"), "--localisation"]) == 0
+    last = capsys.readouterr().out.splitlines()[-1]
+    auc = re.fullmatch(r"scores rank .* AUC (0\.\d{3}) over \d+ frames of 3 videos; key tokens: .*", last)
+    assert auc is not None
+    assert 0 < float(auc[1]) < 1
+
+
+def test_synth_asks_as_many_questions_as_told(tmp_path: Path) -> None:
+    arguments = ["--train", "4", "--val", "0", "--test", "0", "--seconds", "3", "--size", "64", "--workers", "1"]
+    assert main(["synth", str(tmp_path / "set"), *arguments, "--questions", "7", "8"]) == 0
+    rows = json.loads((tmp_path / "set" / "annotations" / "avqa-train.json").read_text())
+    asked = Counter(row["video_id"] for row in rows)
+    assert len(asked) == 4
+    assert max(asked.values()) <= 8
+    assert len(rows) > 4 * 4  # a scene of one player cannot answer seven; together they do answer many
 
 
 def test_eval_masked_says_so(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

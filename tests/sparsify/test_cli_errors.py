@@ -55,6 +55,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "no-field": json.dumps([{k: v for k, v in ROW.items() if k != "type"}]),
         "answer": json.dumps([ROW | {"anser": "theremin"}]),
         "value": json.dumps([ROW | {"templ_values": "[]"}]),
+        "no-places": json.dumps([ROW]),
         "type": json.dumps([ROW | {"type": '["Audio", "Tasting"]'}]),
     }.items():
         (place / name / "annotations").mkdir(parents=True)
@@ -110,6 +111,8 @@ CASES = [
     (["synth", "x", "--seed", "9223372036854775808"], 2, "below 2^63"),
     (["synth", "x", "--train", "0", "--val", "0", "--test", "0"], 2, "at least one clip"),
     (["synth", "x", "--videos", "3"], 2, "--standins"),
+    (["synth", "x", "--questions", "3", "4", "--standins", "answer"], 2, "--questions"),
+    (["synth", "x", "--questions", "5", "4"], 2, "least <= most"),
     (["synth", "clip.mp4"], 2, "is a file"),
     (["train", "missing", "--preset", "grand"], 2, "no preset 'grand'; the presets are adaptive, demo, paper"),
     (["train", "missing", "--set", "train.lrr=1"], 2, "no key 'train.lrr'; did you mean train.lr"),
@@ -138,6 +141,7 @@ CASES = [
     (["data", "check", "missing"], 3, "avqa-train.json"),
     (["train", "nowhere"], 3, "nowhere"),
     (["eval", "run", "missing"], 3, "avqa-test.json"),
+    (["eval", "run", "no-places", "--localisation"], 3, "scenes.jsonl"),
     (["eval", "run", "no-json"], 3, "avqa-test.json"),
     (["eval", "run", "no-list"], 3, "list"),
     (["eval", "run", "no-field"], 3, "type"),
