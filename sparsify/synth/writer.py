@@ -172,8 +172,9 @@ def render_clips(
     done = 0
     advance(done, total)
     for finished in _run(_missing(jobs), min(workers or len(os.sched_getaffinity(0)), -(-total // CHUNK))):
-        done += finished
-        advance(done, total)
+        if finished:
+            done += finished
+            advance(done, total)
 
 
 class _Chunk(NamedTuple):
