@@ -387,7 +387,7 @@ _DEMO = Config(
     text=TextConfig(dim=128, layers=1, dropout=0.0),
     mask=MaskConfig(epochs=(0, -7)),
     fusion=FusionConfig(dim=128, adapter_latents=4, adapter_dim=32, dropout=0.0),
-    train=TrainConfig(epochs=9, videos=24, lr=1e-3, encoder_lr=1e-3),
+    train=TrainConfig(epochs=9, videos=24, lr=1e-3, encoder_lr=1e-3, precision="fp32"),
 )
 
 PRESETS: dict[str, Config] = {
