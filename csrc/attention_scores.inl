@@ -267,7 +267,7 @@ class Forward {
       A* chunk = logits_ + j * size_.tile;
       for (int64_t r = 0; r < rows; ++r) {
         A* row = chunk + r * kChunk;
-        const Vector<A> top = broadcast<A>(top_[r] == -infinity ? A{0} : top_[r]);  // exp(-inf - 0) is 0, too
+        const A top = top_[r] == -infinity ? A{0} : top_[r];  // exp(-inf - 0) is 0, too
         Vector<A> total = load(total_ + r * size_.lanes);
         for (int64_t c = 0; c < columns; c += size_.lanes) {
           const Vector<A> e = exp_of<A>(load(row + c) - top);

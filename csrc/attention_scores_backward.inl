@@ -136,7 +136,7 @@ class Backward {
       multiply_panels(rows, columns, v.width, grad_rows_, size_.value_dim, value_panels_ + j * in_.value_dim, grads,
                       grad_keys_ + j, A{1});
       for (int64_t r = 0; r < rows; ++r) {
-        const Vector<A> top = broadcast<A>(lse[query_index_[first + r] * args_.lse.row]);
+        const A top = lse[query_index_[first + r] * args_.lse.row];
         Vector<A> total = load(total_ + r * size_.lanes), mean = load(mean_ + r * size_.lanes);
         for (int64_t c = r * kChunk; c < r * kChunk + columns; c += size_.lanes) {
           const Vector<A> e = exp_of<A>(load(weights + c) - top);
@@ -176,7 +176,7 @@ class Backward {
                           grad_value_rows_ + j * size_.value_dim, size_.value_dim, add);
       }
       for (int64_t r = 0; r < rows && logits; ++r) {
-        const Vector<A> inverse = broadcast<A>(total_[r]), mean = broadcast<A>(mean_[r]);
+        const A inverse = total_[r], mean = mean_[r];
         for (int64_t c = r * kChunk; c < r * kChunk + columns; c += size_.lanes) {
           store(grads + c, load(weights + c) * inverse * (load(grads + c) - mean));
         }

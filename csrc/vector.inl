@@ -39,16 +39,6 @@ SPARSIFY_INLINE void store(A* to, Vector<A> value) {
   *reinterpret_cast<typename Lanes<A>::memory*>(to) = value;
 }
 
-// A select, not a product or a sum: exact for NaN and infinities too.
-template <class A>
-SPARSIFY_INLINE Vector<A> broadcast(A value) {
-  Vector<A> all;
-  for (int i = 0; i < Lanes<A>::width; ++i) {
-    all[i] = value;
-  }
-  return all;
-}
-
 // The larger one; the second where either is NaN.
 template <class A>
 SPARSIFY_INLINE Vector<A> larger(Vector<A> one, Vector<A> other) {
@@ -121,8 +111,7 @@ template <class A>
 SPARSIFY_INLINE Vector<A> exp_of(Vector<A> x) {
   using E = ExpOf<A>;
   using Integers = typename Lanes<A>::integers;
-  const Vector<A> lowest = broadcast<A>(E::lowest);
-  x = larger<A>(lowest, x);
+  x = larger<A>(Vector<A>{} + E::lowest, x);
   const Vector<A> shifted = x * E::log2e + E::shift;
   const Vector<A> n = shifted - E::shift;
   const Vector<A> f = (x - n * E::log2_high) - n * E::log2_low;
@@ -300,7 +289,7 @@ void block(int64_t depth, const A* a, int64_t a_row, const A* b, int64_t b_row, 
     }
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
-      const Vector<A> left = broadcast<A>(kTransposed ? a[k * a_row + r] : a[r * a_row + k]);
+      const A left = kTransposed ? a[k * a_row + r] : a[r * a_row + k];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
         total[r][v] += left * right[v];
@@ -312,9 +301,8 @@ void block(int64_t depth, const A* a, int64_t a_row, const A* b, int64_t b_row, 
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       A* to = c + r * c_row + v * width;
-      const Vector<A> value = finish.addend != nullptr
-                                  ? total[r][v] * broadcast<A>(finish.factor) + load(finish.addend + v * width)
-                                  : load(to) + total[r][v];
+      const Vector<A> value = finish.addend != nullptr ? total[r][v] * finish.factor + load(finish.addend + v * width)
+                                                       : load(to) + total[r][v];
       store(to, value);
     }
   }
