@@ -39,6 +39,23 @@ inline Rows<T> rows_of(const Heads& x, int64_t b, int64_t h, int64_t width, cons
   return {static_cast<const T*>(x.data) + b * x.batch + h * x.head, x.row, x.column, width, index, count};
 }
 
+template <class T, class A>
+constexpr bool kSame = false;
+template <class A>
+constexpr bool kSame<A, A> = true;
+
+// Rows begin..end where they lie, if they can serve as packed ones with a row stride of their own; else null.
+template <class A, class T>
+inline const A* in_place(const Rows<T>& from, int64_t begin, int64_t end) {
+  if constexpr (kSame<T, A>) {
+    const bool fits = from.column == 1 && from.width % Lanes<A>::width == 0 && end <= from.count;
+    if (fits && from.index[end - 1] - from.index[begin] == end - 1 - begin) {
+      return from.at(begin);
+    }
+  }
+  return nullptr;
+}
+
 // Positions 0..length of sample b that are valid; returns how many.
 inline int64_t list_valid(const Table& valid, int64_t b, int64_t length, int64_t* index) {
   const bool* flags = static_cast<const bool*>(valid.data) + b * valid.batch;
@@ -67,11 +84,15 @@ inline void pack_rows(const Rows<T>& from, int64_t begin, int64_t end, A* to, in
 template <class T, class A>
 inline void pack_columns(const Rows<T>& from, int64_t begin, int64_t columns, A* to, A* some) {
   constexpr int width = Lanes<A>::width;
-  const int64_t ld = rounded_up(from.width, width);
   for (int64_t j = 0; j < columns; j += width) {
-    pack_rows(from, begin + j, begin + j + width, some, ld);
+    const A* rows = in_place<A>(from, begin + j, begin + j + width);
+    const int64_t ld = rows == nullptr ? rounded_up(from.width, width) : from.stride;
+    if (rows == nullptr) {
+      pack_rows(from, begin + j, begin + j + width, some, ld);
+      rows = some;
+    }
     for (int64_t d = 0; d < from.width; d += width) {
-      transpose_square<A>(some + d, ld, to + d * columns + j, columns, from.width - d);
+      transpose_square<A>(rows + d, ld, to + d * columns + j, columns, from.width - d);
     }
   }
 }
@@ -277,12 +298,18 @@ class Forward {
         store(total_ + r * size_.lanes, total);
       }
       if (v.width > 0) {
-        A* values = values_ + (keep_ ? j * size_.value_dim : 0);
-        if (!packed_) {
-          pack_rows(v, j, j + columns, values, size_.value_dim);
+        // Rows far apart crowd the same sets of the cache: packed where they are read again for every tile.
+        const A* values = keep_ && v.stride != v.width ? nullptr : in_place<A>(v, j, j + columns);
+        const int64_t ld = values == nullptr ? size_.value_dim : v.stride;
+        if (values == nullptr) {
+          A* packed = values_ + (keep_ ? j * size_.value_dim : 0);
+          if (!packed_) {
+            pack_rows(v, j, j + columns, packed, ld);
+          }
+          values = packed;
         }
-        multiply<A, false>(rows, size_.value_dim / size_.lanes, columns, chunk, kChunk, values, size_.value_dim,
-                           output_, size_.value_dim, Finish<A>{nullptr, A{1}});
+        multiply<A, false>(rows, size_.value_dim / size_.lanes, columns, chunk, kChunk, values, ld, output_,
+                           size_.value_dim, Finish<A>{nullptr, A{1}});
       }
     }
   }
