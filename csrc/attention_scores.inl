@@ -12,6 +12,10 @@ inline int64_t rounded_up(int64_t count, int64_t unit) {
   return (count + unit - 1) / unit * unit;
 }
 
+inline int64_t smaller(int64_t one, int64_t other) {
+  return one < other ? one : other;
+}
+
 // Queries in a tile whose rows take `row_bytes`: from the shape alone, since the rounding of sums depends on it.
 inline int64_t tile_rows(int64_t queries, int64_t row_bytes) {
   int64_t rows = kTileRows;
@@ -54,6 +58,17 @@ inline const A* in_place(const Rows<T>& from, int64_t begin, int64_t end) {
     }
   }
   return nullptr;
+}
+
+// Asks for rows begin..end, which the next step reads for the first time.
+template <class T>
+inline void prefetch(const Rows<T>& rows, int64_t begin, int64_t end) {
+  for (int64_t i = begin; i < smaller(end, rows.count); ++i) {
+    const char* row = reinterpret_cast<const char*>(rows.at(i));
+    for (int64_t byte = 0; byte < rows.width * static_cast<int64_t>(sizeof(T)); byte += 64) {
+      __builtin_prefetch(row + byte, 0, 2);
+    }
+  }
 }
 
 // Positions 0..length of sample b that are valid; returns how many.
@@ -128,10 +143,6 @@ inline void list_bias(const Table& bias, int64_t b, const int64_t* index, int64_
     to[j] = bias.data == nullptr ? A{0} : from[index[j] * bias.column];
   }
   fill(to + count, padded - count, -static_cast<A>(__builtin_inf()));
-}
-
-inline int64_t smaller(int64_t one, int64_t other) {
-  return one < other ? one : other;
 }
 
 // The sizes that scratch memory follows from.
@@ -253,6 +264,7 @@ class Forward {
       A* logits = logits_ + j * size_.tile;
       if (!packed_) {
         pack_panels(k, j, columns, panels, some_);
+        prefetch(k, j + columns, j + columns + kChunk);
       }
       multiply_panels(rows, columns, in_.dim, queries_, size_.dim, panels, logits, bias_ + j, scale);
       for (int64_t r = 0; r < rows; ++r) {
@@ -286,6 +298,9 @@ class Forward {
     for (int64_t j = 0; j < keys_; j += kChunk) {
       const int64_t columns = smaller(kChunk, keys_ - j);
       A* chunk = logits_ + j * size_.tile;
+      if (!packed_) {
+        prefetch(v, j, j + columns);
+      }
       for (int64_t r = 0; r < rows; ++r) {
         A* row = chunk + r * kChunk;
         const A top = top_[r] == -infinity ? A{0} : top_[r];  // exp(-inf - 0) is 0, too
