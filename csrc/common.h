@@ -107,6 +107,7 @@ inline int64_t grain(int64_t bytes_per_item, int64_t bytes = 1 << 15) {
 }
 
 void register_random_mask(Library& library);
+void register_attention_scores(Library& library);
 
 }  // namespace sparsify
 

@@ -1,0 +1,96 @@
+// What attention_scores hands from its binding to its kernels: plain pointers and strides, no torch.
+#pragma once
+
+#include <cstdint>
+#include <cstdlib>
+#include <new>
+
+namespace sparsify {
+
+// Storage of bf16 and fp16 values; arithmetic is in fp32.
+struct Bf16 {
+  uint16_t bits;
+};
+struct Fp16 {
+  uint16_t bits;
+};
+
+// A tensor [B, H, L, D], strides in elements. An absent one has no data.
+struct Heads {
+  const void* data = nullptr;
+  int64_t batch = 0, head = 0, row = 0, column = 0;
+};
+
+// A tensor [B, L], strides in elements. An absent one has no data.
+struct Table {
+  const void* data = nullptr;
+  int64_t batch = 0, column = 0;
+};
+
+struct AttentionInputs {
+  Heads q, k, v;
+  Table key_bias;                // in the accumulation dtype
+  Table query_valid, key_valid;  // bool
+  int64_t samples, heads, queries, keys, dim, value_dim;
+  double scale;
+};
+
+// Outputs are contiguous.
+struct AttentionForward {
+  AttentionInputs in;
+  int64_t slabs;   // parts that the queries of a head are split into, from the shape alone
+  void* received;  // [B, H, slabs, keys]: sums over the queries of a slab, to be added up in order
+  void* output;    // [B, H, queries, value_dim]
+  void* lse;       // [B, H, queries]
+};
+
+struct AttentionBackward {
+  AttentionInputs in;
+  Table grad_received;  // in the accumulation dtype
+  Heads grad_output;
+  Heads lse;                       // its rows are scalars
+  void *dq, *dk, *dv, *dkey_bias;  // null where not wanted; dkey_bias [B, H, keys], to be added up over heads
+};
+
+// Aligned memory that gives itself out piece by piece.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes)
+      : memory_(static_cast<char*>(std::aligned_alloc(64, static_cast<size_t>(rounded(bytes))))),
+        next_(memory_),
+        end_(memory_ + rounded(bytes)) {
+    if (memory_ == nullptr) {
+      throw std::bad_alloc();
+    }
+  }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+  ~Scratch() {
+    std::free(memory_);
+  }
+
+  static int64_t rounded(int64_t bytes) {
+    return (bytes + 64) / 64 * 64;
+  }
+
+  void* data() const {
+    return memory_;
+  }
+
+  template <class T>
+  T* take(int64_t count) {
+    T* piece = reinterpret_cast<T*>(next_);
+    next_ += rounded(count * static_cast<int64_t>(sizeof(T)));
+    if (next_ > end_) {
+      throw std::bad_alloc();
+    }
+    return piece;
+  }
+
+ private:
+  char* memory_;
+  char* next_;
+  char* end_;
+};
+
+}  // namespace sparsify
