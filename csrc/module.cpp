@@ -14,7 +14,12 @@ namespace {
 PyObject* register_kernels(PyObject*, PyObject*) {
   try {
     static sparsify::Library library(sparsify::Library::Kind::IMPL, "sparsify_kernels", "CPU", __FILE__, __LINE__);
-    static const bool registered = (sparsify::register_random_mask(library), true);
+    static const bool registered = [] {
+      sparsify::register_key_tokens(library);
+      sparsify::register_merge_tokens(library);
+      sparsify::register_random_mask(library);
+      return true;
+    }();
     static_cast<void>(registered);
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_ImportError, error.what());
