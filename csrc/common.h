@@ -88,6 +88,27 @@ inline void copy_row(char* to, const char* from, int64_t count, int64_t stride, 
   }
 }
 
+// The float types that kernels compute on; the two halves are told apart by type, and widened by floats.inl.
+enum class Float { f32, f64, bf16, f16 };
+
+struct Bf16 {
+  uint16_t bits;
+};
+
+struct Fp16 {
+  uint16_t bits;
+};
+
+// The rows of a tensor [B, N, D] with any strides, counted in elements.
+struct Rows {
+  const void* data;
+  int64_t sample_stride, row_stride, value_stride;
+
+  int64_t at(int64_t sample, int64_t row) const {
+    return sample * sample_stride + row * row_stride;
+  }
+};
+
 }  // namespace sparsify
 
 #if defined(TORCH_STABLE_ONLY)
@@ -95,6 +116,8 @@ inline void copy_row(char* to, const char* from, int64_t count, int64_t stride, 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
+
+#include <stdexcept>
 
 namespace sparsify {
 
@@ -106,6 +129,32 @@ inline int64_t grain(int64_t bytes_per_item, int64_t bytes = 1 << 15) {
   return bytes_per_item >= bytes ? 1 : bytes / (bytes_per_item > 0 ? bytes_per_item : 1);
 }
 
+inline Float float_type(const Tensor& x) {
+  using torch::headeronly::ScalarType;
+  switch (x.scalar_type()) {
+    case ScalarType::Float:
+      return Float::f32;
+    case ScalarType::Double:
+      return Float::f64;
+    case ScalarType::BFloat16:
+      return Float::bf16;
+    case ScalarType::Half:
+      return Float::f16;
+    default:
+      throw std::runtime_error("sparsify_kernels: expected float32, float64, bfloat16 or float16");
+  }
+}
+
+inline Tensor dense(const Tensor& x) {
+  return x.is_contiguous() ? x : torch::stable::contiguous(x);
+}
+
+inline Rows rows_of(const Tensor& x) {
+  return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+}
+
+void register_key_tokens(Library& library);
+void register_merge_tokens(Library& library);
 void register_random_mask(Library& library);
 void register_attention_scores(Library& library);
 

@@ -14,8 +14,13 @@ namespace {
 PyObject* register_kernels(PyObject*, PyObject*) {
   try {
     static sparsify::Library library(sparsify::Library::Kind::IMPL, "sparsify_kernels", "CPU", __FILE__, __LINE__);
-    static const bool registered =
-        (sparsify::register_random_mask(library), sparsify::register_attention_scores(library), true);
+    static const bool registered = [] {
+      sparsify::register_attention_scores(library);
+      sparsify::register_key_tokens(library);
+      sparsify::register_merge_tokens(library);
+      sparsify::register_random_mask(library);
+      return true;
+    }();
     static_cast<void>(registered);
   } catch (const std::exception& error) {
     PyErr_SetString(PyExc_ImportError, error.what());

@@ -29,18 +29,19 @@ def check_values(device: torch.device) -> bool:
     return device.type == "cpu" or _CHECK_ON_GPU
 
 
-def call(op: torch._ops.OpOverload, *args: object):  # type: ignore[no-untyped-def]  # whatever the op returns
+def call(op: torch._ops.OpOverload, *args: object, name: str | None = None):  # type: ignore[no-untyped-def]  # whatever the op returns
     """Call a dispatcher op; eagerly, the ``RuntimeError`` of a C++ value check becomes the ``ValueError`` of the
     contract.
 
-    Value checks are recognised by their text, which starts with the op's name.
+    Value checks are recognised by their text, which starts with the name of the public function: that of the op, if
+    no other ``name`` is given.
     """
     if torch.compiler.is_compiling():
         return op(*args)
     try:
         return op(*args)
     except RuntimeError as error:
-        if isinstance(error, ValueError) or not str(error).startswith(f"{op._opname}: "):
+        if isinstance(error, ValueError) or not str(error).startswith(f"{name or op._opname}: "):
             raise
         raise InvalidValue(str(error)) from None
 

@@ -107,7 +107,7 @@ def gather_tokens(x: Tensor, index: Tensor) -> Tensor:
     inner = [f"D{axis}" for axis in range(1, x.dim() - 1)] if isinstance(x, Tensor) else []
     args.tensor("x", x, " ".join(["B", "N", *inner]))
     args.tensor("index", index, "B K", (torch.int64,))
-    return call(_GATHER, x, index)
+    return call(_GATHER, x, index, name="gather_tokens")
 
 
 def _fake(scores: Tensor, valid: Tensor | None, fence: float, capacity: int | None) -> tuple[Tensor, Tensor]:

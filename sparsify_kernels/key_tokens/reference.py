@@ -110,7 +110,7 @@ def key_tokens_gather_backward(grad: Tensor, index: Tensor, tokens: int) -> Tens
     """The sum of ``grad`` [B, K, ...] over the slots of each token: [B, N, ...]; indices outside [0, N) get nothing."""
     dx = grad.new_zeros((grad.shape[0], tokens, *grad.shape[2:]))
     inside = torch.where(index < tokens, index, -1)
-    acc = torch.float64 if grad.dtype == torch.float64 else torch.float32
+    acc = torch.promote_types(grad.dtype, torch.float32)
     for b in range(grad.shape[0]):
         dx[b] = segment_sum(grad[b].to(acc), inside[b], tokens).to(grad.dtype)
     return dx

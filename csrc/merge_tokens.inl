@@ -1,0 +1,243 @@
+// The nearest key of every token, and the gradients. Each dot product is one sum over the width in ascending order, so
+// that it does not depend on what is computed beside it.
+
+#include "floats.inl"
+
+template <class T>
+struct Lanes {
+  static constexpr int kCount = kVectorBytes / static_cast<int>(sizeof(T));
+  typedef T Sums __attribute__((vector_size(kVectorBytes)));
+  typedef float Floats __attribute__((vector_size(kVectorBytes * 4 / sizeof(T))));
+  typedef int32_t Slots __attribute__((vector_size(kVectorBytes * 4 / sizeof(T))));
+};
+
+static constexpr int64_t kChunk = 64;  // values of a row that lie together in a block of rows
+
+// rows [chunks][kBlock][kChunk] . panel [dim][V * lanes] -> sums [kBlock][V]
+template <class T, int V>
+static inline void dots(const T* __restrict rows, const T* __restrict panel, int64_t dim,
+                        typename Lanes<T>::Sums (&out)[kBlock][V]) {
+  using Sums = typename Lanes<T>::Sums;
+  Sums sums[kBlock][V] = {};
+  for (int64_t chunk = 0; chunk < dim; chunk += kChunk, rows += kBlock * kChunk) {
+    const int64_t values = dim - chunk < kChunk ? dim - chunk : kChunk;
+    for (int64_t c = 0; c < values; ++c, panel += V * Lanes<T>::kCount) {
+      Sums keys[V];
+#pragma GCC unroll 4
+      for (int v = 0; v < V; ++v) {
+        __builtin_memcpy(&keys[v], panel + v * Lanes<T>::kCount, sizeof(Sums));
+      }
+#pragma GCC unroll 16
+      for (int r = 0; r < kBlock; ++r) {
+#pragma GCC unroll 4
+        for (int v = 0; v < V; ++v) {
+          sums[r][v] += rows[r * kChunk + c] * keys[v];
+        }
+      }
+    }
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < kBlock; ++r) {
+#pragma GCC unroll 4
+    for (int v = 0; v < V; ++v) {
+      out[r][v] = sums[r][v];
+    }
+  }
+}
+
+// The best key that each lane has met, for a block of rows.
+template <class T>
+struct Best {
+  typename Lanes<T>::Floats similarity[kBlock];
+  typename Lanes<T>::Slots slot[kBlock];
+};
+
+// Meets one panel of keys, whose first is `slot`. NaN, where a panel is not full, wins no comparison.
+template <class T, int V>
+static inline void meet(Best<T>& best, const T* rows, const T* panel, int64_t dim, int32_t slot) {
+  typename Lanes<T>::Sums sums[kBlock][V];
+  dots<T, V>(rows, panel, dim, sums);
+  typename Lanes<T>::Slots slots;
+  for (int lane = 0; lane < Lanes<T>::kCount; ++lane) {
+    slots[lane] = slot + lane;
+  }
+  for (int v = 0; v < V; ++v, slots += Lanes<T>::kCount) {
+    for (int r = 0; r < kBlock; ++r) {
+      const auto similarity = __builtin_convertvector(sums[r][v], typename Lanes<T>::Floats);
+      const auto better = similarity > best.similarity[r];
+      best.similarity[r] = better ? similarity : best.similarity[r];
+      best.slot[r] = better ? slots : best.slot[r];
+    }
+  }
+}
+
+// panel [dim][width] = `count` keys side by side, NaN beside them.
+template <class S>
+static void pack_keys(Sum<S>* panel, const AssignJob& job, const int64_t* keys, int64_t count, int64_t width) {
+  const S* metric = static_cast<const S*>(job.metric);
+  for (int64_t chunk = 0; chunk < job.dim; chunk += kChunk) {  // a chunk of a panel fits the first-level cache
+    const int64_t end = job.dim - chunk < kChunk ? job.dim : chunk + kChunk;
+    for (int64_t lane = 0; lane < width; ++lane) {
+      const S* key = metric + (lane < count ? keys[lane] * job.row_stride : 0);
+      for (int64_t c = chunk; c < end; ++c) {
+        panel[c * width + lane] = lane < count ? widen(key[c * job.value_stride]) : Sum<S>(__builtin_nanf(""));
+      }
+    }
+  }
+}
+
+// `keys` and `rows` hold the scratch that assign_scratch says, `best` one number a token to assign.
+template <class S>
+static void assign_typed(const AssignJob& job, Sum<S>* keys, Sum<S>* rows, float* best) {
+  using T = Sum<S>;
+  constexpr int64_t kLanes = Lanes<T>::kCount, kWidth = 2 * kLanes;
+  const S* metric = static_cast<const S*>(job.metric);
+  for (int64_t n = 0; n < job.tokens; ++n) {
+    best[n] = -__builtin_inff();
+    job.assign[job.token[n]] = 0;
+  }
+  for (int64_t tile = 0; tile < job.count; tile += job.tile) {
+    const int64_t tile_end = job.count - tile < job.tile ? job.count : tile + job.tile;
+    for (int64_t j = tile; j < tile_end; j += kWidth) {
+      const int64_t left = tile_end - j, width = left > kLanes ? kWidth : kLanes;
+      pack_keys<S>(keys + (j - tile) * job.dim, job, job.keys + j, left < width ? left : width, width);
+    }
+    for (int64_t block = 0; block < job.tokens; block += kBlock) {
+      const int64_t there = job.tokens - block < kBlock ? job.tokens - block : kBlock;
+      for (int64_t r = 0; r < kBlock; ++r) {  // the last row again where there are no more
+        const S* row = metric + job.token[block + (r < there ? r : there - 1)] * job.row_stride;
+        for (int64_t chunk = 0; chunk < job.dim; chunk += kChunk) {
+          const int64_t values = job.dim - chunk < kChunk ? job.dim - chunk : kChunk;
+          widen_row(rows + chunk * kBlock + r * kChunk, row + chunk * job.value_stride, values, job.value_stride);
+        }
+      }
+      Best<T> lanes;
+      for (int r = 0; r < kBlock; ++r) {
+        lanes.similarity[r] = typename Lanes<T>::Floats{} - __builtin_inff();
+        lanes.slot[r] = typename Lanes<T>::Slots{};
+      }
+      for (int64_t j = tile; j < tile_end; j += kWidth) {
+        const T* panel = keys + (j - tile) * job.dim;
+        if (tile_end - j > kLanes) {
+          meet<T, 2>(lanes, rows, panel, job.dim, static_cast<int32_t>(j));
+        } else {
+          meet<T, 1>(lanes, rows, panel, job.dim, static_cast<int32_t>(j));
+        }
+      }
+      for (int64_t r = 0; r < there; ++r) {
+        float similarity = -__builtin_inff();
+        int32_t slot = 0;
+        for (int lane = 0; lane < kLanes; ++lane) {  // ties to the lower slot, across lanes too
+          const float s = lanes.similarity[r][lane];
+          const int32_t j = lanes.slot[r][lane];
+          const bool better = s > similarity || (s == similarity && j < slot);
+          similarity = better ? s : similarity;
+          slot = better ? j : slot;
+        }
+        if (similarity > best[block + r]) {
+          best[block + r] = similarity;
+          job.assign[job.token[block + r]] = slot;
+        }
+      }
+    }
+  }
+}
+
+static void assign(const AssignJob& job, void* keys, void* rows, float* best) {
+  switch (job.dtype) {
+    case Float::f32:
+      return assign_typed<float>(job, static_cast<float*>(keys), static_cast<float*>(rows), best);
+    case Float::f64:
+      return assign_typed<double>(job, static_cast<double*>(keys), static_cast<double*>(rows), best);
+    case Float::bf16:
+      return assign_typed<Bf16>(job, static_cast<float*>(keys), static_cast<float*>(rows), best);
+    default:
+      return assign_typed<Fp16>(job, static_cast<float*>(keys), static_cast<float*>(rows), best);
+  }
+}
+
+// sum_c (x[c] - mean[c]) * grad[c], in 16 partial sums on every instruction set.
+template <class T>
+static inline Sum<T> away(const T* __restrict x, int64_t x_stride, const T* __restrict mean, int64_t mean_stride,
+                          const T* __restrict grad, int64_t grad_stride, int64_t dim) {
+  constexpr int kParts = 16;
+  typedef Sum<T> Parts __attribute__((vector_size(kParts * sizeof(Sum<T>))));
+  Parts parts = {};
+  int64_t c = 0;
+  for (; c + kParts <= dim; c += kParts) {
+    Parts difference, slope;
+    for (int p = 0; p < kParts; ++p) {
+      difference[p] = widen(x[(c + p) * x_stride]) - widen(mean[(c + p) * mean_stride]);
+      slope[p] = widen(grad[(c + p) * grad_stride]);
+    }
+    parts += difference * slope;
+  }
+  Sum<T> total = 0;
+  for (; c < dim; ++c) {
+    total += (widen(x[c * x_stride]) - widen(mean[c * mean_stride])) * widen(grad[c * grad_stride]);
+  }
+  for (int p = 0; p < kParts; ++p) {
+    total += parts[p];
+  }
+  return total;
+}
+
+template <class T>
+static void gradients_typed(const GradientJob& job, int64_t begin, int64_t end) {
+  using S = Sum<T>;
+  const S* size = static_cast<const S*>(job.size);
+  const S* weight = static_cast<const S*>(job.weight);
+  const S* grad_size = static_cast<const S*>(job.grad_size);
+  T* dx = static_cast<T*>(job.dx);
+  S* dweight = static_cast<S*>(job.dweight);
+  for (int64_t at = begin; at < end; ++at) {
+    const int64_t b = at / job.tokens, i = at % job.tokens, j = job.assign[at];
+    const bool live = j >= 0 && j < job.slots && size[b * job.slots + j] > 0;
+    const int64_t slot = b * job.slots + j;
+    const bool through_mean = live && job.grad.data != nullptr;
+    const T* grad = static_cast<const T*>(job.grad.data) + (through_mean ? job.grad.at(b, j) : 0);
+    if (dx != nullptr && through_mean) {
+      const S scale = (weight == nullptr ? S{1} : weight[at]) / size[slot];
+      T* to = dx + at * job.dim;
+      if (job.grad.value_stride == 1) {
+        for (int64_t c = 0; c < job.dim; ++c) {
+          narrow(scale * widen(grad[c]), to + c);
+        }
+      } else {
+        for (int64_t c = 0; c < job.dim; ++c) {
+          narrow(scale * widen(grad[c * job.grad.value_stride]), to + c);
+        }
+      }
+    } else if (dx != nullptr) {
+      __builtin_memset(static_cast<void*>(dx + at * job.dim), 0, static_cast<size_t>(job.dim) * sizeof(T));
+    }
+    if (dweight == nullptr) {
+      continue;
+    }
+    S d = 0;
+    if (through_mean) {
+      const T* x = static_cast<const T*>(job.x.data) + job.x.at(b, i);
+      const T* mean = static_cast<const T*>(job.mean.data) + job.mean.at(b, j);
+      const bool flat = job.x.value_stride == 1 && job.mean.value_stride == 1 && job.grad.value_stride == 1;
+      d = (flat ? away(x, 1, mean, 1, grad, 1, job.dim)
+                : away(x, job.x.value_stride, mean, job.mean.value_stride, grad, job.grad.value_stride, job.dim)) /
+          size[slot];
+    }
+    dweight[at] = live && grad_size != nullptr ? d + grad_size[slot] : d;
+  }
+}
+
+static void gradients(const GradientJob& job, int64_t begin, int64_t end) {
+  switch (job.dtype) {
+    case Float::f32:
+      return gradients_typed<float>(job, begin, end);
+    case Float::f64:
+      return gradients_typed<double>(job, begin, end);
+    case Float::bf16:
+      return gradients_typed<Bf16>(job, begin, end);
+    default:
+      return gradients_typed<Fp16>(job, begin, end);
+  }
+}
+
+static const MergeKernels kKernels = {assign, gradients, kBlock, 2 * Lanes<float>::kCount};
