@@ -5,15 +5,9 @@
 #include <cstdlib>
 #include <new>
 
-namespace sparsify {
+#include "common.h"
 
-// Storage of bf16 and fp16 values; arithmetic is in fp32.
-struct Bf16 {
-  uint16_t bits;
-};
-struct Fp16 {
-  uint16_t bits;
-};
+namespace sparsify {
 
 // A tensor [B, H, L, D], strides in elements. An absent one has no data.
 struct Heads {
