@@ -155,6 +155,7 @@ class TrainConfig:
     lr: float = 1e-4  # of everything new
     encoder_lr: float = 1e-4  # of the two encoders (lower when they are pretrained)
     weight_decay: float = 0.05
+    muon: float = 0.0  # above 0: matrices follow Muon, at this multiple of their learning rate; 0: AdamW for all
     warmup: float = 0.05  # share of the run
     clip_norm: float = 1.0
     label_smoothing: float = 0.0
@@ -308,7 +309,7 @@ _AT_LEAST_ONE = {
 _NOT_NEGATIVE = {
     "merge": ("fence",),
     "fusion": ("mixer_layers",),
-    "train": ("lr", "encoder_lr", "weight_decay", "clip_norm", "seed", "workers"),
+    "train": ("lr", "encoder_lr", "weight_decay", "muon", "clip_norm", "seed", "workers"),
 }
 _BELOW_ONE = {"text": ("dropout",), "fusion": ("dropout",), "train": ("warmup", "label_smoothing")}
 
@@ -385,9 +386,9 @@ _DEMO = Config(
     vision=VisionConfig(image_size=128, patch_size=8, window_size=4, embed_dim=32, depths=(1, 2, 1), heads=(2, 4, 8)),
     audio=AudioConfig(spec_size=128, patch_size=8, window_size=4, embed_dim=32, depths=(1, 2, 1), heads=(2, 4, 8)),
     text=TextConfig(dim=128, layers=1, dropout=0.0),
-    mask=MaskConfig(epochs=(0, -6)),
+    mask=MaskConfig(epochs=(0, -7)),
     fusion=FusionConfig(dim=128, adapter_latents=4, adapter_dim=32, dropout=0.0),
-    train=TrainConfig(epochs=7, videos=24, lr=1e-3, encoder_lr=1e-3, precision="fp32"),
+    train=TrainConfig(epochs=8, videos=24, lr=1e-3, encoder_lr=1e-3, muon=3.0, precision="fp32"),
 )
 
 PRESETS: dict[str, Config] = {

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from sparsify.config import TrainConfig
+from sparsify.training.muon import MuonAdamW
 
 if TYPE_CHECKING:
     from sparsify.model import SparsifyModel
@@ -21,9 +22,10 @@ _LINEAR_MAPS = (nn.Linear, nn.modules.conv._ConvNd, nn.MultiheadAttention)
 
 
 def parameter_groups(model: SparsifyModel | nn.Module, config: TrainConfig) -> list[dict]:
-    """AdamW's groups: encoders and the rest by learning rate, matrices and the others by weight decay.
+    """The optimiser's groups: encoders and the rest by learning rate, matrices and the others by weight decay.
 
-    Every parameter that takes gradients is in exactly one group; ``peak_lr`` is what the schedule multiplies. Empty
+    Every parameter that takes gradients is in exactly one group; ``peak_lr`` is what the schedule multiplies. With
+    ``config.muon`` the matrices (not convolutions) are groups of their own, first, at that multiple of the rate. Empty
     groups are left out.
     """
     matrices = {
@@ -35,22 +37,29 @@ def parameter_groups(model: SparsifyModel | nn.Module, config: TrainConfig) -> l
     }
     encoder = {id(p) for p in model.encoder_parameters()}  # type: ignore[operator]
     groups = []
-    for in_encoder, lr in ((True, config.encoder_lr), (False, config.lr)):
-        for decays in (True, False):
+    for in_encoder, rate in ((True, config.encoder_lr), (False, config.lr)):
+        for muon, decays in ((True, True), (False, True), (False, False)):
             params = [
                 p
                 for p in model.parameters()
-                if p.requires_grad and (id(p) in encoder) == in_encoder and (id(p) in matrices) == decays
+                if p.requires_grad
+                and (id(p) in encoder) == in_encoder
+                and (id(p) in matrices) == decays
+                and (config.muon > 0 and decays and p.ndim == 2) == muon
             ]
             if params:
+                lr = rate * config.muon if muon else rate
                 decay = config.weight_decay if decays else 0.0
-                groups.append({"params": params, "lr": lr, "peak_lr": lr, "weight_decay": decay, "encoder": in_encoder})
+                group = {"lr": lr, "peak_lr": lr, "weight_decay": decay, "encoder": in_encoder, "muon": muon}
+                groups.append({"params": params} | group)
     return groups
 
 
-def build_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.AdamW:
-    """AdamW over ``parameter_groups``; one fused kernel per dtype on CPU and CUDA."""
-    return torch.optim.AdamW(parameter_groups(model, config), betas=(0.9, 0.98), fused=device.type in ("cpu", "cuda"))
+def build_optimizer(model: nn.Module, config: TrainConfig, device: torch.device) -> torch.optim.Optimizer:
+    """AdamW over ``parameter_groups``, with ``config.muon`` Muon for the matrices; AdamW is one fused kernel per dtype
+    on CPU and CUDA."""
+    kind = MuonAdamW if config.muon else torch.optim.AdamW
+    return kind(parameter_groups(model, config), betas=(0.9, 0.98), fused=device.type in ("cpu", "cuda"))
 
 
 def lr_factor(progress: float, warmup: float) -> float:

@@ -88,7 +88,7 @@ class Trainer:
         if self.resume:
             restore_optimizer(self.output / "last", self.model, optimizer)
         self.net, self.optimizer = self.accelerator.prepare(self.model, optimizer)
-        self.adamw = optimizer
+        self.inner = optimizer  # not wrapped by Accelerate
         videos = list(self.data.train_split.videos.items())
         questions = sum(len(videos[i][1]) for i in self.data.usable)
         # The loss of a step is divided by this, not by its own number of questions: all of an epoch's weigh the same.
@@ -156,7 +156,7 @@ class Trainer:
             )
         if loaded.batch is not None:
             factor = lr_factor((state.epoch + (state.step + 0.5) / steps) / train.epochs, train.warmup)
-            set_learning_rates(self.adamw, factor)
+            set_learning_rates(self.inner, factor)
             torch.manual_seed(step_seed(train.seed, state.steps, self.rank))
             batch = to_device(loaded.batch, self.device)
             try:
@@ -189,7 +189,7 @@ class Trainer:
         seen, self.window = self.window, Counter()
         if not seen["questions"]:
             return ""
-        rates = {group["encoder"]: group["lr"] for group in self.adamw.param_groups}
+        rates = {group["encoder"]: group["lr"] for group in self.inner.param_groups}
         loss, keep = seen["loss"] / seen["questions"], self.config.keep_at(self.state.epoch)
         line = {
             "epoch": self.state.epoch,
@@ -322,7 +322,7 @@ class Trainer:
 
         def fill(folder: Path) -> None:
             self.model.save_pretrained(folder)
-            write_state(folder, self.state, self.model, self.adamw)
+            write_state(folder, self.state, self.model, self.inner)
 
         self.write("last", fill)
         self.saved = time.monotonic()

@@ -223,7 +223,7 @@ class TestKeepAt:
 
     def test_the_presets(self):
         assert self.keeps(PAPER) == [0.5] * 3 + [1.0] * 12
-        assert self.keeps(DEMO) == [0.5] * 1 + [1.0] * 6
+        assert self.keeps(DEMO) == [0.5] * 1 + [1.0] * 7
 
 
 class TestJson:
