@@ -163,6 +163,7 @@ RANGES = {
     "fusion.mixer_layers": [-1],
     "merge.heads": [3],
     "train.lr": [-1e-4],
+    "train.muon": [-1],
     "train.clip_norm": [-1],
     "train.label_smoothing": [1.0],
     "train.seed": [-1, 2**63],
@@ -223,7 +224,7 @@ class TestKeepAt:
 
     def test_the_presets(self):
         assert self.keeps(PAPER) == [0.5] * 3 + [1.0] * 12
-        assert self.keeps(DEMO) == [0.5] * 1 + [1.0] * 7
+        assert self.keeps(DEMO) == [0.5] * 5 + [1.0] * 3
 
 
 class TestJson:
