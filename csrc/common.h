@@ -99,10 +99,10 @@ struct Fp16 {
   uint16_t bits;
 };
 
-// The rows of a tensor [B, N, D] with any strides, counted in elements.
+// The rows of a tensor [B, N, D], each contiguous; strides are counted in elements.
 struct Rows {
   const void* data;
-  int64_t sample_stride, row_stride, value_stride;
+  int64_t sample_stride, row_stride;
 
   int64_t at(int64_t sample, int64_t row) const {
     return sample * sample_stride + row * row_stride;
@@ -149,8 +149,13 @@ inline Tensor dense(const Tensor& x) {
   return x.is_contiguous() ? x : torch::stable::contiguous(x);
 }
 
+// Itself or a copy, so that its rows are contiguous: one way through a kernel, and the same bits for every layout.
+inline Tensor with_rows(const Tensor& x) {
+  return x.stride(2) == 1 || x.size(2) == 1 ? x : torch::stable::contiguous(x);
+}
+
 inline Rows rows_of(const Tensor& x) {
-  return {x.const_data_ptr(), x.stride(0), x.stride(1), x.stride(2)};
+  return {x.const_data_ptr(), x.stride(0), x.stride(1)};
 }
 
 void register_key_tokens(Library& library);

@@ -65,16 +65,9 @@ static inline void narrow(float x, Fp16* to) {
 template <class T>
 using Sum = decltype(widen(T{}));
 
-// `count` values of a row, widened.
 template <class T>
-static inline void widen_row(Sum<T>* __restrict to, const T* __restrict from, int64_t count, int64_t stride) {
-  if (stride == 1) {
-    for (int64_t c = 0; c < count; ++c) {
-      to[c] = widen(from[c]);
-    }
-    return;
-  }
+static inline void widen_row(Sum<T>* __restrict to, const T* __restrict from, int64_t count) {
   for (int64_t c = 0; c < count; ++c) {
-    to[c] = widen(from[c * stride]);
+    to[c] = widen(from[c]);
   }
 }

@@ -313,7 +313,7 @@ Tensor key_tokens_gather_backward(const Tensor& grad, const Tensor& index, int64
       segments.sort(b, taken + b * slots);
     }
   });
-  const Rows rows = {source.const_data_ptr(), slots * values, values, 1};
+  const Rows rows = {source.const_data_ptr(), slots * values, values};
   const SumJob job = {dtype, rows, values, slots, tokens, nullptr, nullptr, segments.start(), segments.members(),
                       out.mutable_data_ptr()};
   const int64_t cost = values * part_bytes * (1 + slots / tokens);

@@ -16,6 +16,12 @@
 #include "common.h"
 #include "segments.h"
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <immintrin.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 namespace sparsify {
 namespace {
 
@@ -23,7 +29,7 @@ namespace {
 struct AssignJob {
   Float dtype;
   const void* metric;
-  int64_t row_stride, value_stride, dim;
+  int64_t row_stride, dim;
   const int64_t* keys;
   int64_t count;  // of keys
   const int64_t* token;
@@ -73,6 +79,45 @@ constexpr int kVectorBytes = 64, kBlock = 12;
 #include "merge_tokens.inl"
 }  // namespace avx512
 #pragma GCC pop_options
+#endif
+
+#if defined(__x86_64__) && defined(__linux__)
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512,amx-tile,amx-bf16")
+namespace amx {
+#include "merge_tokens_lanes.inl"
+
+#include "merge_tokens_amx.inl"
+}  // namespace amx
+#pragma GCC pop_options
+
+// Whether bf16 may be multiplied in tiles: the machine can, Linux lets this process, and SPARSIFY_ISA names nothing
+// less.
+bool tiles_in_use() {
+  static const bool in_use = [] {
+    constexpr long kAskFor = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+    return active_isa() == Isa::avx512 && std::getenv("SPARSIFY_ISA") == nullptr &&
+           __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
+           syscall(SYS_arch_prctl, kAskFor, kTileData) == 0;
+  }();
+  return in_use;
+}
+
+bool has_small_values(const void* row, int64_t dim) {
+  return amx::has_small_values(static_cast<const Bf16*>(row), dim);
+}
+
+constexpr auto assign_by_tiles = amx::assign;
+#else
+bool tiles_in_use() {
+  return false;
+}
+
+bool has_small_values(const void*, int64_t) {
+  return true;
+}
+
+constexpr void (*assign_by_tiles)(const AssignJob&, void*, void*, float*) = nullptr;
 #endif
 
 const MergeKernels& pick_merge_kernels() {
@@ -196,10 +241,11 @@ class Assign {
     constexpr int64_t kTileBytes = 1 << 18;  // the packed keys stay in the second-level cache
     const int64_t panels = std::max<int64_t>(1, kTileBytes / (sum_bytes * dim * kernels_.panel));
     const int64_t keys = (names.slots + kernels_.panel - 1) / kernels_.panel * kernels_.panel;
-    job_ = {float_type(metric), nullptr, metric_.row_stride, metric_.value_stride, metric.size(2), nullptr, 0, nullptr,
-            0, std::min(panels * kernels_.panel, keys), nullptr};
+    job_ = {float_type(metric), nullptr, metric_.row_stride, metric.size(2), nullptr, 0, nullptr, 0,
+            std::min(panels * kernels_.panel, keys), nullptr};
     keys_bytes_ = job_.tile * dim * sum_bytes;
-    rows_bytes_ = kernels_.block * (dim + 63) / 64 * 64 * sum_bytes;
+    rows_bytes_ = std::max<int64_t>(kernels_.block * sum_bytes, 64) * ((dim + 63) / 64 * 64 + 32);
+    tiles_ = job_.dtype == Float::bf16 && dim >= 32 && tiles_in_use();
   }
 
   // Multiplications and additions for one sample.
@@ -212,7 +258,7 @@ class Assign {
     const auto keys = std::make_unique<Line[]>(static_cast<size_t>(keys_bytes_ / 64 + 1));
     const auto rows = std::make_unique<Line[]>(static_cast<size_t>(rows_bytes_ / 64 + kernels_.block));
     const auto best = std::make_unique<float[]>(static_cast<size_t>(end - begin));
-    std::vector<int64_t> token;
+    std::vector<int64_t> token, other;
     for (int64_t b = first; b < last; ++b) {
       int64_t* assign = assign_ + b * names_.tokens;
       AssignJob job = job_;
@@ -226,15 +272,26 @@ class Assign {
           assign[job.keys[j]] = j;
         }
       }
+      const auto row = [&](int64_t i) { return static_cast<const char*>(job.metric) + i * job.row_stride * bytes_; };
+      const auto fits_tiles = [&](int64_t i) { return !has_small_values(row(i), job.dim); };
+      const bool tiles = tiles_ && std::all_of(job.keys, job.keys + job.count, fits_tiles);
       token.clear();
+      other.clear();
       for (int64_t i = begin; i < end; ++i) {
         if (assign[i] < 0 && names_.there(b, i)) {
-          token.push_back(i);
+          (tiles && fits_tiles(i) ? token : other).push_back(i);
         }
       }
-      job.token = token.data();
-      job.tokens = static_cast<int64_t>(token.size());
-      kernels_.assign(job, keys.get(), rows.get(), best.get());
+      if (!token.empty()) {
+        job.token = token.data();
+        job.tokens = static_cast<int64_t>(token.size());
+        assign_by_tiles(job, keys.get(), rows.get(), best.get());
+      }
+      if (!other.empty()) {
+        job.token = other.data();
+        job.tokens = static_cast<int64_t>(other.size());
+        kernels_.assign(job, keys.get(), rows.get(), best.get());
+      }
     }
   }
 
@@ -250,6 +307,7 @@ class Assign {
   int64_t* assign_;
   AssignJob job_;
   int64_t keys_bytes_, rows_bytes_;
+  bool tiles_;
 };
 
 // size[b] = the total weight of each slot, in ascending order of tokens.
@@ -283,7 +341,7 @@ std::tuple<Tensor, Tensor, Tensor> merge_tokens(const Tensor& x, const Tensor& m
             is(address(weight), {samples, tokens}) && is(address(valid), {samples, tokens}) && slots < INT32_MAX &&
             (!weight || weight->scalar_type() == sums),
         "merge_tokens: metric must be [B, N, d], index [B, K], count [B], weight and valid [B, N] like x [B, N, D]");
-  const Tensor keys = dense(index), counts = dense(count);
+  const Tensor keys = dense(index), counts = dense(count), values = with_rows(x), measure = with_rows(metric);
   const std::optional<Tensor> there = dense_if(valid), weights = dense_if(weight);
   const Names names = {samples, tokens, slots, static_cast<const int64_t*>(keys.const_data_ptr()),
                        static_cast<const int64_t*>(counts.const_data_ptr()), static_cast<const bool*>(data(there))};
@@ -300,8 +358,8 @@ std::tuple<Tensor, Tensor, Tensor> merge_tokens(const Tensor& x, const Tensor& m
   int64_t* slot = static_cast<int64_t*>(assign.mutable_data_ptr());
   void* total = size.mutable_data_ptr();
   Segments segments(samples, tokens, slots);
-  const Assign assign_tokens(names, metric, slot);
-  const SumJob job = {dtype, rows_of(x), dim, tokens, slots, data(weights), total, segments.start(),
+  const Assign assign_tokens(names, measure, slot);
+  const SumJob job = {dtype, rows_of(values), dim, tokens, slots, data(weights), total, segments.start(),
                       segments.members(), merged.mutable_data_ptr()};
   const auto sort = [&](int64_t b) {
     segments.sort(b, slot + b * tokens);
@@ -350,21 +408,23 @@ std::tuple<Tensor, Tensor> merge_tokens_backward(const std::optional<Tensor>& gr
   for (const Tensor* same : {address(grad_size), address(weight), &size}) {
     check(same == nullptr || same->scalar_type() == sums, "merge_tokens_backward: sizes must have the type of sums");
   }
-  const Tensor slot = dense(assign), total = dense(size);
+  const Tensor slot = dense(assign), total = dense(size), mean = with_rows(tokens);
   const std::optional<Tensor> weights = dense_if(weight), slopes = dense_if(grad_size);
+  const std::optional<Tensor> grad = grad_tokens ? std::optional(with_rows(*grad_tokens)) : std::nullopt;
+  const std::optional<Tensor> values = x && wanted[1] ? std::optional(with_rows(*x)) : std::nullopt;
   Tensor dx = wanted[0] ? torch::stable::new_empty(tokens, {samples, length, dim})
                         : torch::stable::new_empty(tokens, {0});
   Tensor dweight = wanted[1] ? torch::stable::new_empty(size, {samples, length}) : torch::stable::new_empty(size, {0});
-  GradientJob job = {dtype, {}, {}, rows_of(tokens), dim, length, slots, data(slopes), data(weights),
+  GradientJob job = {dtype, {}, {}, rows_of(mean), dim, length, slots, data(slopes), data(weights),
                      total.const_data_ptr(), static_cast<const int64_t*>(slot.const_data_ptr()), nullptr, nullptr};
-  if (grad_tokens) {
-    job.grad = rows_of(*grad_tokens);
+  if (grad) {
+    job.grad = rows_of(*grad);
   }
   if (wanted[0]) {
     job.dx = dx.mutable_data_ptr();
   }
-  if (wanted[1] && x) {
-    job.x = rows_of(*x);
+  if (values) {
+    job.x = rows_of(*values);
     job.dweight = dweight.mutable_data_ptr();
   } else if (wanted[1]) {
     torch::stable::zero_(dweight);

@@ -2,10 +2,16 @@
 // that it does not depend on what is computed beside it.
 
 #include "floats.inl"
+#include "merge_tokens_lanes.inl"
+
+static inline int32_t index_like(float);
+static inline int64_t index_like(double);
 
 template <class T>
 struct Lanes {
   static constexpr int kCount = kVectorBytes / static_cast<int>(sizeof(T));
+  using Index = decltype(index_like(T{}));
+  typedef Index Mask __attribute__((vector_size(kVectorBytes)));
   typedef T Sums __attribute__((vector_size(kVectorBytes)));
   typedef float Floats __attribute__((vector_size(kVectorBytes * 4 / sizeof(T))));
   typedef int32_t Slots __attribute__((vector_size(kVectorBytes * 4 / sizeof(T))));
@@ -71,16 +77,33 @@ static inline void meet(Best<T>& best, const T* rows, const T* panel, int64_t di
   }
 }
 
-// panel [dim][width] = `count` keys side by side, NaN beside them.
+// panel [dim][width] = `count` keys side by side, NaN beside them; a square of lanes at a time.
 template <class S>
 static void pack_keys(Sum<S>* panel, const AssignJob& job, const int64_t* keys, int64_t count, int64_t width) {
+  using T = Sum<S>;
+  constexpr int64_t kLanes = Lanes<T>::kCount;
   const S* metric = static_cast<const S*>(job.metric);
-  for (int64_t chunk = 0; chunk < job.dim; chunk += kChunk) {  // a chunk of a panel fits the first-level cache
-    const int64_t end = job.dim - chunk < kChunk ? job.dim : chunk + kChunk;
-    for (int64_t lane = 0; lane < width; ++lane) {
-      const S* key = metric + (lane < count ? keys[lane] * job.row_stride : 0);
-      for (int64_t c = chunk; c < end; ++c) {
-        panel[c * width + lane] = lane < count ? widen(key[c * job.value_stride]) : Sum<S>(__builtin_nanf(""));
+  for (int64_t group = 0; group < width; group += kLanes) {
+    for (int64_t begin = 0; begin < job.dim; begin += kLanes) {
+      const int64_t values = job.dim - begin < kLanes ? job.dim - begin : kLanes;
+      typename Lanes<T>::Sums square[kLanes];
+      for (int64_t lane = 0; lane < kLanes; ++lane) {
+        T row[kLanes] = {};
+        if (group + lane >= count) {
+          square[lane] = typename Lanes<T>::Sums{} + T(__builtin_nanf(""));
+          continue;
+        }
+        const S* key = metric + keys[group + lane] * job.row_stride + begin;
+        if (values == kLanes) {
+          widen_row(row, key, kLanes);
+        } else {
+          widen_row(row, key, values);
+        }
+        __builtin_memcpy(&square[lane], row, sizeof row);
+      }
+      transpose<typename Lanes<T>::Sums, typename Lanes<T>::Mask>(square);
+      for (int64_t c = 0; c < values; ++c) {
+        __builtin_memcpy(panel + (begin + c) * width + group, &square[c], sizeof square[c]);
       }
     }
   }
@@ -108,7 +131,7 @@ static void assign_typed(const AssignJob& job, Sum<S>* keys, Sum<S>* rows, float
         const S* row = metric + job.token[block + (r < there ? r : there - 1)] * job.row_stride;
         for (int64_t chunk = 0; chunk < job.dim; chunk += kChunk) {
           const int64_t values = job.dim - chunk < kChunk ? job.dim - chunk : kChunk;
-          widen_row(rows + chunk * kBlock + r * kChunk, row + chunk * job.value_stride, values, job.value_stride);
+          widen_row(rows + chunk * kBlock + r * kChunk, row + chunk, values);
         }
       }
       Best<T> lanes;
@@ -125,19 +148,7 @@ static void assign_typed(const AssignJob& job, Sum<S>* keys, Sum<S>* rows, float
         }
       }
       for (int64_t r = 0; r < there; ++r) {
-        float similarity = -__builtin_inff();
-        int32_t slot = 0;
-        for (int lane = 0; lane < kLanes; ++lane) {  // ties to the lower slot, across lanes too
-          const float s = lanes.similarity[r][lane];
-          const int32_t j = lanes.slot[r][lane];
-          const bool better = s > similarity || (s == similarity && j < slot);
-          similarity = better ? s : similarity;
-          slot = better ? j : slot;
-        }
-        if (similarity > best[block + r]) {
-          best[block + r] = similarity;
-          job.assign[job.token[block + r]] = slot;
-        }
+        settle(lanes.similarity[r], lanes.slot[r], job.assign + job.token[block + r], best + block + r);
       }
     }
   }
@@ -158,23 +169,25 @@ static void assign(const AssignJob& job, void* keys, void* rows, float* best) {
 
 // sum_c (x[c] - mean[c]) * grad[c], in 16 partial sums on every instruction set.
 template <class T>
-static inline Sum<T> away(const T* __restrict x, int64_t x_stride, const T* __restrict mean, int64_t mean_stride,
-                          const T* __restrict grad, int64_t grad_stride, int64_t dim) {
+static inline Sum<T> away(const T* __restrict x, const T* __restrict mean, const T* __restrict grad, int64_t dim) {
   constexpr int kParts = 16;
   typedef Sum<T> Parts __attribute__((vector_size(kParts * sizeof(Sum<T>))));
   Parts parts = {};
   int64_t c = 0;
   for (; c + kParts <= dim; c += kParts) {
-    Parts difference, slope;
+    Sum<T> difference[kParts], slope[kParts];
     for (int p = 0; p < kParts; ++p) {
-      difference[p] = widen(x[(c + p) * x_stride]) - widen(mean[(c + p) * mean_stride]);
-      slope[p] = widen(grad[(c + p) * grad_stride]);
+      difference[p] = widen(x[c + p]) - widen(mean[c + p]);
+      slope[p] = widen(grad[c + p]);
     }
-    parts += difference * slope;
+    Parts d, g;
+    __builtin_memcpy(&d, difference, sizeof d);
+    __builtin_memcpy(&g, slope, sizeof g);
+    parts += d * g;
   }
   Sum<T> total = 0;
   for (; c < dim; ++c) {
-    total += (widen(x[c * x_stride]) - widen(mean[c * mean_stride])) * widen(grad[c * grad_stride]);
+    total += (widen(x[c]) - widen(mean[c])) * widen(grad[c]);
   }
   for (int p = 0; p < kParts; ++p) {
     total += parts[p];
@@ -199,14 +212,8 @@ static void gradients_typed(const GradientJob& job, int64_t begin, int64_t end) 
     if (dx != nullptr && through_mean) {
       const S scale = (weight == nullptr ? S{1} : weight[at]) / size[slot];
       T* to = dx + at * job.dim;
-      if (job.grad.value_stride == 1) {
-        for (int64_t c = 0; c < job.dim; ++c) {
-          narrow(scale * widen(grad[c]), to + c);
-        }
-      } else {
-        for (int64_t c = 0; c < job.dim; ++c) {
-          narrow(scale * widen(grad[c * job.grad.value_stride]), to + c);
-        }
+      for (int64_t c = 0; c < job.dim; ++c) {
+        narrow(scale * widen(grad[c]), to + c);
       }
     } else if (dx != nullptr) {
       __builtin_memset(static_cast<void*>(dx + at * job.dim), 0, static_cast<size_t>(job.dim) * sizeof(T));
@@ -218,10 +225,7 @@ static void gradients_typed(const GradientJob& job, int64_t begin, int64_t end) 
     if (through_mean) {
       const T* x = static_cast<const T*>(job.x.data) + job.x.at(b, i);
       const T* mean = static_cast<const T*>(job.mean.data) + job.mean.at(b, j);
-      const bool flat = job.x.value_stride == 1 && job.mean.value_stride == 1 && job.grad.value_stride == 1;
-      d = (flat ? away(x, 1, mean, 1, grad, 1, job.dim)
-                : away(x, job.x.value_stride, mean, job.mean.value_stride, grad, job.grad.value_stride, job.dim)) /
-          size[slot];
+      d = away(x, mean, grad, job.dim) / size[slot];
     }
     dweight[at] = live && grad_size != nullptr ? d + grad_size[slot] : d;
   }
