@@ -86,7 +86,7 @@ constexpr int kVectorBytes = 64, kBlock = 12;
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512,amx-tile,amx-bf16")
 namespace amx {
 #include "merge_tokens_lanes.inl"
-
+// The tiles need its transpose.
 #include "merge_tokens_amx.inl"
 }  // namespace amx
 #pragma GCC pop_options
@@ -156,8 +156,8 @@ void check(bool ok, const char* text) {
 }
 
 bool is(const Tensor* x, std::initializer_list<int64_t> shape) {
-  return x == nullptr || (x->dim() == static_cast<int64_t>(shape.size()) &&
-                          std::equal(shape.begin(), shape.end(), x->sizes().begin()));
+  return x == nullptr ||
+         (x->dim() == static_cast<int64_t>(shape.size()) && std::equal(shape.begin(), shape.end(), x->sizes().begin()));
 }
 
 // What names the tokens of a batch: the keys, and which tokens are there. All dense.
@@ -241,8 +241,16 @@ class Assign {
     constexpr int64_t kTileBytes = 1 << 18;  // the packed keys stay in the second-level cache
     const int64_t panels = std::max<int64_t>(1, kTileBytes / (sum_bytes * dim * kernels_.panel));
     const int64_t keys = (names.slots + kernels_.panel - 1) / kernels_.panel * kernels_.panel;
-    job_ = {float_type(metric), nullptr, metric_.row_stride, metric.size(2), nullptr, 0, nullptr, 0,
-            std::min(panels * kernels_.panel, keys), nullptr};
+    job_ = {float_type(metric),
+            nullptr,
+            metric_.row_stride,
+            metric.size(2),
+            nullptr,
+            0,
+            nullptr,
+            0,
+            std::min(panels * kernels_.panel, keys),
+            nullptr};
     keys_bytes_ = job_.tile * dim * sum_bytes;
     rows_bytes_ = std::max<int64_t>(kernels_.block * sum_bytes, 64) * ((dim + 63) / 64 * 64 + 32);
     tiles_ = job_.dtype == Float::bf16 && dim >= 32 && tiles_in_use();
@@ -343,8 +351,12 @@ std::tuple<Tensor, Tensor, Tensor> merge_tokens(const Tensor& x, const Tensor& m
         "merge_tokens: metric must be [B, N, d], index [B, K], count [B], weight and valid [B, N] like x [B, N, D]");
   const Tensor keys = dense(index), counts = dense(count), values = with_rows(x), measure = with_rows(metric);
   const std::optional<Tensor> there = dense_if(valid), weights = dense_if(weight);
-  const Names names = {samples, tokens, slots, static_cast<const int64_t*>(keys.const_data_ptr()),
-                       static_cast<const int64_t*>(counts.const_data_ptr()), static_cast<const bool*>(data(there))};
+  const Names names = {samples,
+                       tokens,
+                       slots,
+                       static_cast<const int64_t*>(keys.const_data_ptr()),
+                       static_cast<const int64_t*>(counts.const_data_ptr()),
+                       static_cast<const bool*>(data(there))};
   check_keys(names);
   if (weight && sums == kDouble) {
     check_weights(static_cast<const double*>(data(weights)), names);
@@ -359,8 +371,16 @@ std::tuple<Tensor, Tensor, Tensor> merge_tokens(const Tensor& x, const Tensor& m
   void* total = size.mutable_data_ptr();
   Segments segments(samples, tokens, slots);
   const Assign assign_tokens(names, measure, slot);
-  const SumJob job = {dtype, rows_of(values), dim, tokens, slots, data(weights), total, segments.start(),
-                      segments.members(), merged.mutable_data_ptr()};
+  const SumJob job = {dtype,
+                      rows_of(values),
+                      dim,
+                      tokens,
+                      slots,
+                      data(weights),
+                      total,
+                      segments.start(),
+                      segments.members(),
+                      merged.mutable_data_ptr()};
   const auto sort = [&](int64_t b) {
     segments.sort(b, slot + b * tokens);
     sum_weights(sums == kDouble ? Float::f64 : Float::f32, total, data(weights), slot, b, names);
@@ -412,11 +432,22 @@ std::tuple<Tensor, Tensor> merge_tokens_backward(const std::optional<Tensor>& gr
   const std::optional<Tensor> weights = dense_if(weight), slopes = dense_if(grad_size);
   const std::optional<Tensor> grad = grad_tokens ? std::optional(with_rows(*grad_tokens)) : std::nullopt;
   const std::optional<Tensor> values = x && wanted[1] ? std::optional(with_rows(*x)) : std::nullopt;
-  Tensor dx = wanted[0] ? torch::stable::new_empty(tokens, {samples, length, dim})
-                        : torch::stable::new_empty(tokens, {0});
+  Tensor dx =
+      wanted[0] ? torch::stable::new_empty(tokens, {samples, length, dim}) : torch::stable::new_empty(tokens, {0});
   Tensor dweight = wanted[1] ? torch::stable::new_empty(size, {samples, length}) : torch::stable::new_empty(size, {0});
-  GradientJob job = {dtype, {}, {}, rows_of(mean), dim, length, slots, data(slopes), data(weights),
-                     total.const_data_ptr(), static_cast<const int64_t*>(slot.const_data_ptr()), nullptr, nullptr};
+  GradientJob job = {dtype,
+                     {},
+                     {},
+                     rows_of(mean),
+                     dim,
+                     length,
+                     slots,
+                     data(slopes),
+                     data(weights),
+                     total.const_data_ptr(),
+                     static_cast<const int64_t*>(slot.const_data_ptr()),
+                     nullptr,
+                     nullptr};
   if (grad) {
     job.grad = rows_of(*grad);
   }

@@ -388,7 +388,7 @@ _DEMO = Config(
     text=TextConfig(dim=128, layers=1, dropout=0.0),
     mask=MaskConfig(epochs=(0, -3)),
     fusion=FusionConfig(dim=128, adapter_latents=4, adapter_dim=32),
-    train=TrainConfig(epochs=8, videos=24, lr=1e-3, encoder_lr=1e-3, muon=3.0, precision="fp32"),
+    train=TrainConfig(epochs=7, videos=24, lr=1e-3, encoder_lr=1e-3, muon=3.0, precision="fp32"),
 )
 
 PRESETS: dict[str, Config] = {
