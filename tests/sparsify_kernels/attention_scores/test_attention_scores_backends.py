@@ -36,8 +36,8 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 NAMES = ("q", "k", "v", "key_bias", "query_valid", "key_valid")
 ALL = [True, True, True, True]
 
-# Widths 1 to 128, odd ones, dv != d; keys around a chunk of 64 and around vectors of 4, 8 and 16; queries around a block
-# of 6, a tile of 48 and a slab of 512; so many keys that a tile gets smaller.
+# Widths 1 to 128, odd ones, dv != d; keys around a chunk of 64 and around vectors of 4, 8 and 16; queries around a
+# block of 6, a tile of 48 and a slab of 512.
 SHAPES = (
     *(s for s in ATTENTION_SHAPES if s.batch),
     AttentionShape(3, 1, 7, 15, 128, 16),
@@ -47,6 +47,7 @@ SHAPES = (
     AttentionShape(3, 1, 97, 67, 32, 1),
     AttentionShape(3, 1, 1030, 20, 16, 16),
 )
+# So many keys that a tile gets smaller.
 WIDE = AttentionShape(1, 1, 50, 12000, 16, 16)
 
 
@@ -242,6 +243,52 @@ def test_batch_mates_change_no_bit(shape: AttentionShape) -> None:
         return received, output, lse, *BACKWARD["cpp"](*ones, *args, output, lse, None, ALL)
 
     assert_alone(kernels, inputs)
+
+
+# One forward and backward in a process of its own: what it took beyond inputs, outputs and gradients.
+EXTRA = """
+import sys, torch
+from sparsify_kernels import attention_scores
+from sparsify_kernels.testing import attention_scores_eager, peak_memory
+torch.set_num_threads(2)
+function = attention_scores_eager if sys.argv[1] == "eager" else attention_scores
+def step(batch, heads, length):
+    q, k, v = (torch.randn(batch, heads, length, 64, requires_grad=True) for _ in range(3))
+    def run():
+        received, output = function(q, k, v)
+        (output.mean() + received.square().sum()).backward()
+        return received, output
+    return run, (q, k, v)
+step(1, 1, 8)[0]()  # what is set up once
+run, leaves = step(*map(int, sys.argv[2:]))
+peak, results = peak_memory(run)
+print(peak, peak - sum(t.nbytes for t in (*results, *(t.grad for t in leaves))))
+"""
+
+
+def extra_memory(who: str, *shape: int) -> tuple[int, int]:
+    """Peak bytes, and those beyond outputs and gradients (the inputs are there before)."""
+    done = subprocess.run(
+        [sys.executable, "-c", EXTRA, who, *map(str, shape)], capture_output=True, text=True, check=True
+    )
+    peak, extra = map(int, done.stdout.split())
+    return peak, extra
+
+
+@NEEDS_CPP
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from Linux's /proc")
+def test_no_matrix_of_queries_and_keys_in_memory() -> None:
+    ours, eager = extra_memory("ours", 8, 12, 640)[1], extra_memory("eager", 8, 12, 640)[1]
+    assert eager > 2 * 8 * 12 * 640 * 640 * 4  # the measure sees the matrices where there are some
+    assert ours <= eager / 20, (ours, eager)
+
+
+@pytest.mark.slow
+@NEEDS_CPP
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from Linux's /proc")
+def test_memory_of_very_many_tokens() -> None:
+    inputs = 3 * 16384 * 64 * 4
+    assert extra_memory("ours", 1, 1, 16384)[0] + inputs < 300e6
 
 
 @NEEDS_CPP
