@@ -36,11 +36,13 @@ class Table:
     def __init__(self) -> None:
         self.rows: dict[str, dict[str, tuple[float, int]]] = {}
 
-    def measure(self, benchmark: Any, group: str, name: str, function: Callable[[], Any], moved: int) -> None:
+    def measure(
+        self, benchmark: Any, group: str, name: str, function: Callable[[], Any], moved: int, rounds: int = 60
+    ) -> None:
         """Benchmark ``function`` as ``name`` in ``group``; ``moved``: the bytes it must read and write."""
         benchmark.group = group
         benchmark.extra_info["bytes"] = moved
-        benchmark.pedantic(function, rounds=60, iterations=1, warmup_rounds=10)
+        benchmark.pedantic(function, rounds=rounds, iterations=1, warmup_rounds=max(1, rounds // 6))
         stats = benchmark.stats
         if stats is not None:
             self.rows.setdefault(group, {})[name] = (statistics.median(stats.stats.data), moved)

@@ -38,7 +38,7 @@ from sparsify_kernels.testing.inputs import (
     relayout,
     score_inputs,
 )
-from sparsify_kernels.testing.memory import Guarded, guarded, poisoned_memory
+from sparsify_kernels.testing.memory import Guarded, guarded, peak_memory, poisoned_memory
 from sparsify_kernels.testing.oracles import (
     attention_scores_oracle,
     gather_tokens_oracle,
@@ -79,6 +79,7 @@ __all__ = [
     "merge_keys",
     "merge_tokens_eager",
     "merge_tokens_oracle",
+    "peak_memory",
     "poisoned_memory",
     "relayout",
     "score_inputs",
