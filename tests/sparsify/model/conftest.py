@@ -39,6 +39,7 @@ TINY = {
     "text.heads": 2,
     "text.max_words": 16,
     "merge.heads": 2,
+    "fusion.dropout": 0.0,  # two passes are compared in training mode
     "fusion.dim": 16,
     "fusion.heads": 2,
     "fusion.adapter_latents": 2,
