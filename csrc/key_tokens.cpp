@@ -123,7 +123,7 @@ class PickKeys {
       return q3;
     }
     const double q1 = quartile(there, 1);
-    const double spread = q3 == q1 ? 0.0 : q3 - q1;  // equal infinities have no spread
+    const double spread = q3 == q1 ? 0.0 : q3 - q1;   // equal infinities have no spread
     const volatile double product = spread * fence_;  // rounded by itself: never part of a fused multiply-add
     return q3 + product;
   }
@@ -314,7 +314,15 @@ Tensor key_tokens_gather_backward(const Tensor& grad, const Tensor& index, int64
     }
   });
   const Rows rows = {source.const_data_ptr(), slots * values, values};
-  const SumJob job = {dtype, rows, values, slots, tokens, nullptr, nullptr, segments.start(), segments.members(),
+  const SumJob job = {dtype,
+                      rows,
+                      values,
+                      slots,
+                      tokens,
+                      nullptr,
+                      nullptr,
+                      segments.start(),
+                      segments.members(),
                       out.mutable_data_ptr()};
   const int64_t cost = values * part_bytes * (1 + slots / tokens);
   torch::stable::parallel_for(0, samples * tokens, grain(cost),

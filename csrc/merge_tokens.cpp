@@ -3,17 +3,15 @@
 // sparsify_kernels/merge_tokens/reference.py.
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <memory>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
-#include <string>
 #include <tuple>
 #include <vector>
 
 #include "common.h"
+#include "merge_tokens_checks.h"
 #include "segments.h"
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -85,8 +83,6 @@ constexpr int kVectorBytes = 64, kBlock = 12;
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512,amx-tile,amx-bf16")
 namespace amx {
-#include "merge_tokens_lanes.inl"
-
 #include "merge_tokens_amx.inl"
 }  // namespace amx
 #pragma GCC pop_options
@@ -156,80 +152,8 @@ void check(bool ok, const char* text) {
 }
 
 bool is(const Tensor* x, std::initializer_list<int64_t> shape) {
-  return x == nullptr || (x->dim() == static_cast<int64_t>(shape.size()) &&
-                          std::equal(shape.begin(), shape.end(), x->sizes().begin()));
-}
-
-// What names the tokens of a batch: the keys, and which tokens are there. All dense.
-struct Names {
-  int64_t samples, tokens, slots;
-  const int64_t* index;  // [B, K]
-  const int64_t* count;  // [B]
-  const bool* valid;     // [B, N] or null
-
-  bool there(int64_t b, int64_t i) const {
-    return valid == nullptr || valid[b * tokens + i];
-  }
-};
-
-template <class... Parts>
-[[noreturn]] void complain(const Parts&... parts) {
-  std::ostringstream text;
-  (text << "merge_tokens: " << ... << parts);
-  throw std::runtime_error(text.str());
-}
-
-// Keys must be valid tokens, and there must be one where there are tokens.
-void check_keys(const Names& names) {
-  for (int64_t b = 0; b < names.samples; ++b) {
-    const int64_t count = names.count[b];
-    if (count < 0 || count > names.slots) {
-      complain("keys.count must be in [0, ", names.slots, "], got ", count, " at [", b, "]");
-    }
-    for (int64_t i = 0; count == 0 && i < names.tokens; ++i) {
-      if (names.there(b, i)) {
-        complain("keys.count must be at least 1 where a sample has valid tokens, got 0 at [", b, "]");
-      }
-    }
-    for (int64_t j = 0; j < count; ++j) {
-      const int64_t i = names.index[b * names.slots + j];
-      if (i < 0 || i >= names.tokens) {
-        complain("keys.index must be in [0, ", names.tokens, ") below keys.count, got ", i, " at [", b, ", ", j, "]");
-      }
-      if (!names.there(b, i)) {
-        complain("keys.index must name valid tokens below keys.count, got ", i, " at [", b, ", ", j, "]");
-      }
-    }
-  }
-}
-
-// As Python prints it.
-std::string printed(double value) {
-  if (std::isnan(value)) {
-    return "nan";
-  }
-  if (std::isinf(value)) {
-    return value < 0 ? "-inf" : "inf";
-  }
-  for (int digits = 1;; ++digits) {
-    std::ostringstream text;
-    text.precision(digits);
-    text << value;
-    if (digits >= 17 || std::stod(text.str()) == value) {
-      const std::string shortest = text.str();
-      return shortest.find_first_of(".e") == std::string::npos ? shortest + ".0" : shortest;
-    }
-  }
-}
-
-template <class T>
-void check_weights(const T* weight, const Names& names) {
-  for (int64_t at = 0; at < names.samples * names.tokens; ++at) {
-    if ((names.valid == nullptr || names.valid[at]) && !(std::isfinite(weight[at]) && weight[at] >= 0)) {
-      complain("weight must be finite and >= 0 at valid tokens, got ", printed(static_cast<double>(weight[at])),
-               " at [", at / names.tokens, ", ", at % names.tokens, "]");
-    }
-  }
+  return x == nullptr ||
+         (x->dim() == static_cast<int64_t>(shape.size()) && std::equal(shape.begin(), shape.end(), x->sizes().begin()));
 }
 
 // Assigns the tokens of a sample, or of a range of it.
@@ -241,8 +165,16 @@ class Assign {
     constexpr int64_t kTileBytes = 1 << 18;  // the packed keys stay in the second-level cache
     const int64_t panels = std::max<int64_t>(1, kTileBytes / (sum_bytes * dim * kernels_.panel));
     const int64_t keys = (names.slots + kernels_.panel - 1) / kernels_.panel * kernels_.panel;
-    job_ = {float_type(metric), nullptr, metric_.row_stride, metric.size(2), nullptr, 0, nullptr, 0,
-            std::min(panels * kernels_.panel, keys), nullptr};
+    job_ = {float_type(metric),
+            nullptr,
+            metric_.row_stride,
+            metric.size(2),
+            nullptr,
+            0,
+            nullptr,
+            0,
+            std::min(panels * kernels_.panel, keys),
+            nullptr};
     keys_bytes_ = job_.tile * dim * sum_bytes;
     rows_bytes_ = std::max<int64_t>(kernels_.block * sum_bytes, 64) * ((dim + 63) / 64 * 64 + 32);
     tiles_ = job_.dtype == Float::bf16 && dim >= 32 && tiles_in_use();
@@ -343,8 +275,12 @@ std::tuple<Tensor, Tensor, Tensor> merge_tokens(const Tensor& x, const Tensor& m
         "merge_tokens: metric must be [B, N, d], index [B, K], count [B], weight and valid [B, N] like x [B, N, D]");
   const Tensor keys = dense(index), counts = dense(count), values = with_rows(x), measure = with_rows(metric);
   const std::optional<Tensor> there = dense_if(valid), weights = dense_if(weight);
-  const Names names = {samples, tokens, slots, static_cast<const int64_t*>(keys.const_data_ptr()),
-                       static_cast<const int64_t*>(counts.const_data_ptr()), static_cast<const bool*>(data(there))};
+  const Names names = {samples,
+                       tokens,
+                       slots,
+                       static_cast<const int64_t*>(keys.const_data_ptr()),
+                       static_cast<const int64_t*>(counts.const_data_ptr()),
+                       static_cast<const bool*>(data(there))};
   check_keys(names);
   if (weight && sums == kDouble) {
     check_weights(static_cast<const double*>(data(weights)), names);
@@ -359,8 +295,16 @@ std::tuple<Tensor, Tensor, Tensor> merge_tokens(const Tensor& x, const Tensor& m
   void* total = size.mutable_data_ptr();
   Segments segments(samples, tokens, slots);
   const Assign assign_tokens(names, measure, slot);
-  const SumJob job = {dtype, rows_of(values), dim, tokens, slots, data(weights), total, segments.start(),
-                      segments.members(), merged.mutable_data_ptr()};
+  const SumJob job = {dtype,
+                      rows_of(values),
+                      dim,
+                      tokens,
+                      slots,
+                      data(weights),
+                      total,
+                      segments.start(),
+                      segments.members(),
+                      merged.mutable_data_ptr()};
   const auto sort = [&](int64_t b) {
     segments.sort(b, slot + b * tokens);
     sum_weights(sums == kDouble ? Float::f64 : Float::f32, total, data(weights), slot, b, names);
@@ -412,11 +356,22 @@ std::tuple<Tensor, Tensor> merge_tokens_backward(const std::optional<Tensor>& gr
   const std::optional<Tensor> weights = dense_if(weight), slopes = dense_if(grad_size);
   const std::optional<Tensor> grad = grad_tokens ? std::optional(with_rows(*grad_tokens)) : std::nullopt;
   const std::optional<Tensor> values = x && wanted[1] ? std::optional(with_rows(*x)) : std::nullopt;
-  Tensor dx = wanted[0] ? torch::stable::new_empty(tokens, {samples, length, dim})
-                        : torch::stable::new_empty(tokens, {0});
+  Tensor dx =
+      wanted[0] ? torch::stable::new_empty(tokens, {samples, length, dim}) : torch::stable::new_empty(tokens, {0});
   Tensor dweight = wanted[1] ? torch::stable::new_empty(size, {samples, length}) : torch::stable::new_empty(size, {0});
-  GradientJob job = {dtype, {}, {}, rows_of(mean), dim, length, slots, data(slopes), data(weights),
-                     total.const_data_ptr(), static_cast<const int64_t*>(slot.const_data_ptr()), nullptr, nullptr};
+  GradientJob job = {dtype,
+                     {},
+                     {},
+                     rows_of(mean),
+                     dim,
+                     length,
+                     slots,
+                     data(slopes),
+                     data(weights),
+                     total.const_data_ptr(),
+                     static_cast<const int64_t*>(slot.const_data_ptr()),
+                     nullptr,
+                     nullptr};
   if (grad) {
     job.grad = rows_of(*grad);
   }

@@ -6,7 +6,7 @@
 template <class T, int R, bool First>
 static inline void add_rows(Sum<T>* __restrict sum, const T* const (&rows)[4], const Sum<T> (&weights)[4],
                             int64_t values) {
-  const T *__restrict r0 = rows[0], *__restrict r1 = rows[1], *__restrict r2 = rows[2], *__restrict r3 = rows[3];
+  const T* __restrict r0 = rows[0], * __restrict r1 = rows[1], * __restrict r2 = rows[2], * __restrict r3 = rows[3];
   for (int64_t c = 0; c < values; ++c) {
     Sum<T> total = First ? Sum<T>{0} : sum[c];
     total += weights[0] * widen(r0[c]);
