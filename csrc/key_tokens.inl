@@ -1,7 +1,7 @@
-// Selection by counting: scores become integers of the same order, and a rank is found by bisecting on the integers,
-// one branchless pass over the row a bit. Rows fit the first-level cache, so 32 passes cost less than partitioning.
+// Scores as integers of the same order, for the selection in select.inl.
 
 #include "floats.inl"
+#include "select.inl"
 
 // No valid score maps to this: invalid tokens rank below all, -inf included.
 static constexpr int32_t kNowhere = INT32_MIN;
@@ -35,33 +35,6 @@ static bool order_scores(int32_t* to, Float dtype, const char* from, int64_t str
   }
 }
 
-static int64_t count_above(const int32_t* __restrict row, int64_t count, int32_t value) {
-  int64_t above = 0;
-  for (int64_t begin = 0; begin < count; begin += 1 << 30) {  // so that 32 bits hold a partial count
-    const int64_t end = count - begin > 1 << 30 ? begin + (1 << 30) : count;
-    int32_t part = 0;
-    for (int64_t i = begin; i < end; ++i) {
-      part += row[i] > value;
-    }
-    above += part;
-  }
-  return above;
-}
-
-// The value that `above` or fewer of the row exceed: its (above + 1)-th largest.
-static int32_t largest_but(const int32_t* row, int64_t count, int64_t above) {
-  int64_t low = INT32_MIN, high = INT32_MAX;
-  while (low < high) {
-    const int64_t middle = low + (high - low) / 2;
-    if (count_above(row, count, static_cast<int32_t>(middle)) <= above) {
-      high = middle;
-    } else {
-      low = middle + 1;
-    }
-  }
-  return static_cast<int32_t>(low);
-}
-
 static int32_t smallest_above(const int32_t* __restrict row, int64_t count, int32_t value) {
   int32_t smallest = INT32_MAX;
   for (int64_t i = 0; i < count; ++i) {
@@ -69,18 +42,6 @@ static int32_t smallest_above(const int32_t* __restrict row, int64_t count, int3
     smallest = candidate < smallest ? candidate : smallest;
   }
   return smallest;
-}
-
-// Indices of the values above `value`, and of the first `ties` equal to it, ascending. `index` has room for one more
-// than there are: every element is written, and kept or overwritten by the next.
-static void compact(const int32_t* row, int64_t count, int32_t value, int64_t ties, int64_t* index) {
-  int64_t taken = 0;
-  for (int64_t i = 0; i < count; ++i) {
-    const bool tie = row[i] == value && ties > 0;
-    ties -= tie;
-    index[taken] = i;
-    taken += row[i] > value || tie;
-  }
 }
 
 static const KeyKernels kKernels = {order_scores, count_above, largest_but, smallest_above, compact};

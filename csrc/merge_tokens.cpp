@@ -3,17 +3,15 @@
 // sparsify_kernels/merge_tokens/reference.py.
 
 #include <algorithm>
-#include <cmath>
 #include <cstdint>
 #include <memory>
 #include <optional>
-#include <sstream>
 #include <stdexcept>
-#include <string>
 #include <tuple>
 #include <vector>
 
 #include "common.h"
+#include "merge_tokens_checks.h"
 #include "segments.h"
 
 #if defined(__x86_64__) && defined(__linux__)
@@ -85,8 +83,6 @@ constexpr int kVectorBytes = 64, kBlock = 12;
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512,amx-tile,amx-bf16")
 namespace amx {
-#include "merge_tokens_lanes.inl"
-// The tiles need its transpose.
 #include "merge_tokens_amx.inl"
 }  // namespace amx
 #pragma GCC pop_options
@@ -158,78 +154,6 @@ void check(bool ok, const char* text) {
 bool is(const Tensor* x, std::initializer_list<int64_t> shape) {
   return x == nullptr ||
          (x->dim() == static_cast<int64_t>(shape.size()) && std::equal(shape.begin(), shape.end(), x->sizes().begin()));
-}
-
-// What names the tokens of a batch: the keys, and which tokens are there. All dense.
-struct Names {
-  int64_t samples, tokens, slots;
-  const int64_t* index;  // [B, K]
-  const int64_t* count;  // [B]
-  const bool* valid;     // [B, N] or null
-
-  bool there(int64_t b, int64_t i) const {
-    return valid == nullptr || valid[b * tokens + i];
-  }
-};
-
-template <class... Parts>
-[[noreturn]] void complain(const Parts&... parts) {
-  std::ostringstream text;
-  (text << "merge_tokens: " << ... << parts);
-  throw std::runtime_error(text.str());
-}
-
-// Keys must be valid tokens, and there must be one where there are tokens.
-void check_keys(const Names& names) {
-  for (int64_t b = 0; b < names.samples; ++b) {
-    const int64_t count = names.count[b];
-    if (count < 0 || count > names.slots) {
-      complain("keys.count must be in [0, ", names.slots, "], got ", count, " at [", b, "]");
-    }
-    for (int64_t i = 0; count == 0 && i < names.tokens; ++i) {
-      if (names.there(b, i)) {
-        complain("keys.count must be at least 1 where a sample has valid tokens, got 0 at [", b, "]");
-      }
-    }
-    for (int64_t j = 0; j < count; ++j) {
-      const int64_t i = names.index[b * names.slots + j];
-      if (i < 0 || i >= names.tokens) {
-        complain("keys.index must be in [0, ", names.tokens, ") below keys.count, got ", i, " at [", b, ", ", j, "]");
-      }
-      if (!names.there(b, i)) {
-        complain("keys.index must name valid tokens below keys.count, got ", i, " at [", b, ", ", j, "]");
-      }
-    }
-  }
-}
-
-// As Python prints it.
-std::string printed(double value) {
-  if (std::isnan(value)) {
-    return "nan";
-  }
-  if (std::isinf(value)) {
-    return value < 0 ? "-inf" : "inf";
-  }
-  for (int digits = 1;; ++digits) {
-    std::ostringstream text;
-    text.precision(digits);
-    text << value;
-    if (digits >= 17 || std::stod(text.str()) == value) {
-      const std::string shortest = text.str();
-      return shortest.find_first_of(".e") == std::string::npos ? shortest + ".0" : shortest;
-    }
-  }
-}
-
-template <class T>
-void check_weights(const T* weight, const Names& names) {
-  for (int64_t at = 0; at < names.samples * names.tokens; ++at) {
-    if ((names.valid == nullptr || names.valid[at]) && !(std::isfinite(weight[at]) && weight[at] >= 0)) {
-      complain("weight must be finite and >= 0 at valid tokens, got ", printed(static_cast<double>(weight[at])),
-               " at [", at / names.tokens, ", ", at % names.tokens, "]");
-    }
-  }
 }
 
 // Assigns the tokens of a sample, or of a range of it.

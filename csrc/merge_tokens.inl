@@ -4,13 +4,20 @@
 #include "floats.inl"
 #include "merge_tokens_lanes.inl"
 
-static inline int32_t index_like(float);
-static inline int64_t index_like(double);
+template <class T>
+struct IndexLike {
+  using Type = int32_t;
+};
+
+template <>
+struct IndexLike<double> {
+  using Type = int64_t;
+};
 
 template <class T>
 struct Lanes {
   static constexpr int kCount = kVectorBytes / static_cast<int>(sizeof(T));
-  using Index = decltype(index_like(T{}));
+  using Index = typename IndexLike<T>::Type;
   typedef Index Mask __attribute__((vector_size(kVectorBytes)));
   typedef T Sums __attribute__((vector_size(kVectorBytes)));
   typedef float Floats __attribute__((vector_size(kVectorBytes * 4 / sizeof(T))));

@@ -2,6 +2,8 @@
 // target that has AMX. The tiles take numbers below 2^-126 for zero, products too: tokens with values small enough for
 // that to matter do not come here (has_small_values).
 
+#include "merge_tokens_lanes.inl"
+
 static constexpr int64_t kTokens = 32, kKeys = 32, kPairs = 16;  // values go in pairs, 32 at a time
 
 typedef float Sixteen __attribute__((vector_size(64)));

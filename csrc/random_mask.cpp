@@ -14,6 +14,11 @@
 namespace sparsify {
 namespace {
 
+struct MaskKernels {
+  void (*unit_keys)(uint32_t*, int64_t, uint32_t, uint64_t);
+  void (*select_units)(const uint32_t*, int64_t, int64_t, int32_t*, int64_t*);
+};
+
 namespace base {
 #include "random_mask.inl"
 }
@@ -33,39 +38,22 @@ namespace avx512 {
 #pragma GCC pop_options
 #endif
 
-using UnitKeys = void (*)(uint32_t*, int64_t, uint32_t, uint64_t);
-
-UnitKeys pick_unit_keys() {
+const MaskKernels& pick_mask_kernels() {
 #if defined(__x86_64__)
   switch (active_isa()) {
     case Isa::avx512:
-      return avx512::unit_keys;
+      return avx512::kKernels;
     case Isa::avx2:
-      return avx2::unit_keys;
+      return avx2::kKernels;
     default:
       break;
   }
 #endif
-  return base::unit_keys;
+  return base::kKernels;
 }
 
-// The `kept` units with the smallest keys, ascending; ties to the lower unit.
-// `order` holds `units` entries of scratch.
-void select_units(const uint32_t* keys, int64_t units, int64_t kept, uint64_t* order, int64_t* index) {
-  for (int64_t u = 0; u < units; ++u) {
-    order[u] = uint64_t{keys[u]} << 32 | static_cast<uint64_t>(u);  // U < 2^32: the counter word is 32 bits
-  }
-  std::nth_element(order, order + kept - 1, order + units);
-  const uint64_t last = order[kept - 1];
-  for (int64_t u = 0, j = 0; j < kept; ++u) {
-    if ((uint64_t{keys[u]} << 32 | static_cast<uint64_t>(u)) <= last) {
-      index[j++] = u;
-    }
-  }
-}
-
-// The same within each 2x2 block of a grid `width` units wide: a unit stays
-// when fewer than `per_block` come before it.
+// The units with the smallest keys within each 2x2 block of a grid `width` units wide: a unit stays when fewer than
+// `per_block` come before it.
 void select_in_blocks(const uint32_t* keys, int64_t units, int64_t width, int64_t per_block, int64_t* index) {
   for (int64_t u = 0, j = 0; u < units; ++u) {
     const int64_t row = u / width, col = u % width;
@@ -116,19 +104,21 @@ class Draw {
         units_(units),
         kept_(kept),
         grid_width_(grid_width),
-        unit_keys_(pick_unit_keys()) {}
+        kernels_(pick_mask_kernels()) {}
 
   // Samples begin..end of index [B, K].
   void operator()(int64_t begin, int64_t end, int64_t* index) const {
     const auto keys = std::make_unique<uint32_t[]>(static_cast<size_t>(units_));
-    const auto order = std::make_unique<uint64_t[]>(static_cast<size_t>(units_));
+    const auto row = std::make_unique<int32_t[]>(static_cast<size_t>(units_));
+    const auto found = std::make_unique<int64_t[]>(static_cast<size_t>(kept_) + 1);
     for (int64_t b = begin; b < end; ++b) {
       const uint64_t seed = static_cast<uint64_t>(seeds_[b * seed_stride_]);
-      unit_keys_(keys.get(), units_, shared_ ? static_cast<uint32_t>(b) : 0, seed);
+      kernels_.unit_keys(keys.get(), units_, shared_ ? static_cast<uint32_t>(b) : 0, seed);
       if (grid_width_ > 0) {
         select_in_blocks(keys.get(), units_, grid_width_, 4 * kept_ / units_, index + b * kept_);
       } else {
-        select_units(keys.get(), units_, kept_, order.get(), index + b * kept_);
+        kernels_.select_units(keys.get(), units_, kept_, row.get(), found.get());
+        std::copy_n(found.get(), kept_, index + b * kept_);
       }
     }
   }
@@ -138,7 +128,7 @@ class Draw {
   int64_t seed_stride_;
   bool shared_;
   int64_t units_, kept_, grid_width_;
-  UnitKeys unit_keys_;
+  const MaskKernels& kernels_;
 };
 
 // Copies the units that stay, and reads no other.
