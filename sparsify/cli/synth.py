@@ -46,7 +46,14 @@ def add(commands: Any) -> None:
         metavar=("LEAST", "MOST"),
         nargs=2,
         type=count,
-        help="questions about a clip, as many as its scene answers (default: 3 4)",
+        help="questions about a training clip, as many as its scene answers (default: 3 4)",
+    )
+    clip.add_argument(
+        "--eval-questions",
+        metavar=("LEAST", "MOST"),
+        nargs=2,
+        type=count,
+        help="the same of validation and test clips (default: 3 4)",
     )
     clip.add_argument("--seed", metavar="SEED", type=seed, default=0, help="decides everything that is drawn")
     parser.add_argument("--workers", metavar="N", type=count, help="rendering processes (default: one a core)")
@@ -64,8 +71,9 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.videos is not None and args.standins is None:
         raise UsageError("--videos is for --standins FILE; for a data set of its own give --train, --val and --test")
-    if args.questions is not None and args.standins is not None:
-        raise UsageError("--questions is for a data set of its own; stand-ins are asked what FILE asks")
+    if (args.questions or args.eval_questions) and args.standins is not None:
+        option = "--questions" if args.questions else "--eval-questions"
+        raise UsageError(f"{option} is for a data set of its own; stand-ins are asked what FILE asks")
     from sparsify import synth
     from sparsify.cli._progress import counting_bar
 
@@ -77,8 +85,9 @@ def run(args: argparse.Namespace) -> int:
                 args.root, args.standins, videos=200 if args.videos is None else args.videos, **options
             )
         else:
-            asked = tuple(args.questions or (3, 4))
-            synth.write(args.root, train=args.train, val=args.val, test=args.test, questions=asked, **options)
+            options["questions"] = tuple(args.questions or (3, 4))
+            options["eval_questions"] = tuple(args.eval_questions or (3, 4))
+            synth.write(args.root, train=args.train, val=args.val, test=args.test, **options)
     if args.standins is not None:
         print(f"stand-in clips in {args.root / 'videos'} for the first {len(ids):,} videos of {args.standins}")
     else:

@@ -172,7 +172,7 @@ def _movement(players: list[Player], rng: random.Random, seconds: float) -> list
 
 def _boxes(count: int, rng: random.Random, size: int) -> list[tuple[int, int, int, int]]:
     """One box twice as high as wide for each of ``count`` players side by side, feet near the lower edge."""
-    width = round(size * (0.42, 0.42, 0.36, 0.29, 0.235)[count - 1])  # neighbours in a row of five overlap a little
+    width = round(size * (0.48, 0.45, 0.36, 0.29, 0.235)[count - 1])  # neighbours in a row of five overlap a little
     slot = size / count
     boxes = []
     for i in range(count):

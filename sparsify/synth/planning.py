@@ -39,13 +39,13 @@ def _shares(start: str, *counts: float) -> tuple[str, dict[str, float]]:
 # Shares of the answers of a template; five players that sound at once are rare because hardly an ear counts them.
 _COUNT_SHARES = dict(
     (
-        _shares("How many musical instruments were", 0.13, 0.22, 0.22, 0.22, 0.16, 0.05),
-        _shares("How many types of musical instruments appeared", 0.0, 0.23, 0.23, 0.22, 0.19, 0.13),
-        _shares("How many <Object> are", 0.2, 0.2, 0.2, 0.18, 0.13, 0.09),
-        _shares("How many instruments are sounding", 0.17, 0.22, 0.22, 0.2, 0.14, 0.05),
-        _shares("How many types of musical instruments sound", 0.12, 0.25, 0.25, 0.22, 0.16),
-        _shares("How many instruments in the video did not", 0.21, 0.21, 0.21, 0.2, 0.12, 0.05),
-        _shares("How many sounding", 0.21, 0.21, 0.21, 0.19, 0.12, 0.06),
+        _shares("How many musical instruments were", 0.15, 0.26, 0.26, 0.22, 0.09, 0.02),
+        _shares("How many types of musical instruments appeared", 0.0, 0.26, 0.26, 0.26, 0.14, 0.08),
+        _shares("How many <Object> are", 0.26, 0.26, 0.26, 0.15, 0.05, 0.02),
+        _shares("How many instruments are sounding", 0.2, 0.25, 0.25, 0.2, 0.08, 0.02),
+        _shares("How many types of musical instruments sound", 0.16, 0.28, 0.28, 0.2, 0.08),
+        _shares("How many instruments in the video did not", 0.25, 0.25, 0.25, 0.17, 0.06, 0.02),
+        _shares("How many sounding", 0.26, 0.26, 0.26, 0.15, 0.05, 0.02),
     )
 )
 _CLOSED: dict[str, tuple[str, ...]] = {
@@ -101,9 +101,16 @@ class _Ledger:
 
 
 def plan_split(
-    count: int, rng: random.Random, *, seconds: float, size: int, questions: tuple[int, int], used: set[Hashable]
+    count: int,
+    rng: random.Random,
+    *,
+    seconds: float,
+    size: int,
+    questions: tuple[int, int],
+    used: set[Hashable],
+    repeats: int = 1,
 ) -> Iterator[PlannedClip]:
-    """``count`` clips with ``questions`` (least, most) questions each.
+    """``count`` clips with ``questions`` (least, most) questions each, at most ``repeats`` from one template.
 
     Scenes in ``used`` are not drawn again; new ones are added.
     """
@@ -113,8 +120,9 @@ def plan_split(
         used.add(_signature(scene))
         ledger.add(first)
         chosen = [first]
+        candidates = {t.text: candidates_of(scene, t) for t in TEMPLATES}
         for _ in range(rng.randint(*questions) - 1):
-            further = _further_question(ledger, rng, scene, {c.template.text for c in chosen})
+            further = _further_question(ledger, rng, candidates, chosen, repeats)
             if further is None:
                 break
             ledger.add(further)
@@ -128,11 +136,15 @@ def _by_need(ledger: _Ledger, rng: random.Random) -> list[Template]:
     return sorted(TEMPLATES, key=lambda t: (ledger.asked[t.text], rng.random()))
 
 
-def _further_question(ledger: _Ledger, rng: random.Random, scene: Scene, asked: set[str]) -> Candidate | None:
-    """The most needed question that ``scene`` answers from a template not in ``asked``."""
+def _further_question(
+    ledger: _Ledger, rng: random.Random, candidates: dict[str, list[Candidate]], chosen: list[Candidate], repeats: int
+) -> Candidate | None:
+    """The most needed of a scene's ``candidates`` (by template) from a template ``chosen`` less than ``repeats``
+    times."""
+    asked = Counter(c.template.text for c in chosen)
     for template in _by_need(ledger, rng):
-        if template.text not in asked:
-            fitting = [c for c in candidates_of(scene, template) if ledger.fits(c)]
+        if asked[template.text] < repeats:
+            fitting = [c for c in candidates[template.text] if c not in chosen and ledger.fits(c)]
             if fitting:
                 return _pick(ledger, fitting, rng)
     return None

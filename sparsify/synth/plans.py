@@ -33,15 +33,15 @@ class Plan:
 
 def free_plan(rng: random.Random) -> Plan:
     """A plan without a purpose."""
-    seen = rng.choices((1, 2, 3, 4, 5), (10, 28, 34, 16, 12))[0]
-    sounding = min(seen, rng.choices((0, 1, 2, 3, 4), (4, 22, 38, 26, 10))[0])
+    seen = rng.choices((1, 2, 3, 4, 5), (22, 40, 24, 9, 5))[0]
+    sounding = min(seen, rng.choices((0, 1, 2, 3, 4), (4, 26, 42, 22, 6))[0])
     return Plan(
         seen=seen,
         sounding=sounding,
         unseen=rng.choices((0, 1, 2), (60, 34, 6))[0] if sounding < 4 else 0,
         arrangement=rng.choice(("together", "staggered", "turns", "uneven", "mixed")),
-        steps=rng.random() < 0.4,
-        rhythms=rng.random() < 0.4,
+        steps=rng.random() < 0.2,
+        rhythms=rng.random() < 0.3,
         voiceover=rng.random() < 0.06,
     )
 
@@ -55,10 +55,15 @@ def plan_for(question: str, answer: str, rng: random.Random) -> Plan:
     return plan
 
 
+def _at_least(count: int, rng: random.Random) -> int:
+    """A number of players among whom ``count`` can be found: often that many, seldom many more."""
+    return min(MAX_PLAYERS, max(1, count) + rng.choices((0, 1, 2, 3, 4), (40, 32, 16, 8, 4))[0])
+
+
 def _several(plan: Plan, rng: random.Random) -> Plan:
     """Two or three players that sound, and maybe some that do not."""
     sounding = rng.choice((2, 2, 3))
-    return replace(plan, seen=max(sounding, rng.choice((2, 3, 3, 4, 5))), sounding=sounding)
+    return replace(plan, seen=max(sounding, rng.choice((2, 2, 2, 3, 3, 4, 5))), sounding=sounding)
 
 
 def _misleading(rng: random.Random) -> int:
@@ -74,19 +79,19 @@ def _count_heard(plan: Plan, question: str, answer: str, rng: random.Random) -> 
 
 def _count_kinds(plan: Plan, question: str, answer: str, rng: random.Random) -> Plan:
     count = COUNTS.index(answer)
-    seen = rng.choice((count, count, MAX_PLAYERS))
+    seen = _at_least(count, rng)
     return replace(plan, seen=seen, sounding=min(seen, plan.sounding), kinds=count)
 
 
 def _count_seen(plan: Plan, question: str, answer: str, rng: random.Random) -> Plan:
     count = COUNTS.index(answer)
-    seen = rng.randint(max(1, count), MAX_PLAYERS)
+    seen = _at_least(count, rng)
     return replace(plan, seen=seen, sounding=min(seen, plan.sounding), twins=count if count > 1 else 0)
 
 
 def _count_sounding_twins(plan: Plan, question: str, answer: str, rng: random.Random) -> Plan:
     count = COUNTS.index(answer)
-    group = rng.randint(max(1, count), MAX_PLAYERS)
+    group = _at_least(count, rng)
     others = rng.randint(0, min(2, MAX_PLAYERS - group))
     return replace(
         plan,
@@ -102,14 +107,14 @@ def _count_sounding(plan: Plan, question: str, answer: str, rng: random.Random) 
     count = COUNTS.index(answer)
     types = question.startswith("How many types")
     twins = rng.choice((0, 0, 2)) if types and 0 < count < 4 else 0
-    seen = rng.randint(max(1, count + bool(twins)), MAX_PLAYERS)
+    seen = _at_least(count + bool(twins), rng)
     unseen = _misleading(rng) if count < 4 else 0
     return replace(plan, seen=seen, sounding=count + bool(twins), twins=twins, unseen=unseen)
 
 
 def _count_silent(plan: Plan, question: str, answer: str, rng: random.Random) -> Plan:
     count = COUNTS.index(answer)
-    seen = rng.randint(max(1, count), MAX_PLAYERS)
+    seen = _at_least(count, rng)
     return replace(plan, seen=seen, sounding=seen - count, unseen=_misleading(rng) if seen - count < 4 else 0)
 
 

@@ -30,9 +30,10 @@ __all__ = ["Progress", "render_clips", "settle", "write"]
 Progress = Callable[[int, int], None]
 Job = tuple[dict[str, Any], str, int]  # Scene.to_dict(), path, frames a second
 
-VERSION = 1  # of what a seed renders to: a set written by another version is another data set
+VERSION = 2  # of what a seed renders to: a set written by another version is another data set
 SPLITS = ("train", "val", "test")
 SETTINGS = "synth.json"
+REPEATS = 3  # questions from one template about a training clip
 CHUNK = 8  # clips a task: small enough for a smooth progress bar
 
 
@@ -48,18 +49,20 @@ def write(
     fps: int = 8,
     workers: int | None = None,
     questions: tuple[int, int] = (3, 4),
+    eval_questions: tuple[int, int] = (3, 4),
     progress: Progress | None = None,
 ) -> Path:
     """Write ``train``, ``val`` and ``test`` clips with their annotations to ``root`` and return it.
 
     Clips last ``seconds``, have ``size`` x ``size`` pixels at ``fps`` frames a second, and between ``questions[0]``
-    and ``questions[1]`` questions each. The result depends on the settings alone, never on ``workers`` (processes;
+    and ``questions[1]`` questions each (``eval_questions`` in val and test), or as many as their scene answers. Of
+    one template a training clip may get several, differently filled; elsewhere it gets one. The result depends on the settings alone, never on ``workers`` (processes;
     None: one for each core). ``progress(done, total)`` counts clips. Raises ``UsageError`` for settings out of range, a
     missing sound font, and a ``root`` that holds another data set.
     """
     settings: dict[str, Any] = {
         "version": VERSION, "train": train, "val": val, "test": test, "seed": seed, "seconds": float(seconds),
-        "size": size, "fps": fps, "questions": list(questions),
+        "size": size, "fps": fps, "questions": list(questions), "eval_questions": list(eval_questions),
     }  # fmt: skip
     _check(settings)
     if workers is not None and workers < 1:
@@ -99,8 +102,9 @@ def _check(settings: dict[str, Any]) -> None:
         32 <= settings["size"] <= 2048 and settings["size"] % 2 == 0, "size", "an even number of pixels from 32 to 2048"
     )
     need(1 <= settings["fps"] <= 60, "fps", "between 1 and 60")
-    least, most = settings["questions"]
-    need(1 <= least <= most, "questions", "(least, most) with 1 <= least <= most")
+    for name in ("questions", "eval_questions"):
+        least, most = settings[name]
+        need(1 <= least <= most, name, "(least, most) with 1 <= least <= most")
 
 
 def _claim(root: Path, settings: dict[str, Any]) -> None:
@@ -137,10 +141,17 @@ def _planned(settings: dict[str, Any]) -> Iterator[tuple[str, str, PlannedClip]]
     number = 0
     for split in SPLITS:
         rng = random.Random(f"{settings['seed']}/{split}")
-        least, most = settings["questions"]
-        for clip in plan_split(
-            settings[split], rng, seconds=settings["seconds"], size=settings["size"], questions=(least, most), used=used
-        ):
+        least, most = settings["questions" if split == "train" else "eval_questions"]
+        clips = plan_split(
+            settings[split],
+            rng,
+            seconds=settings["seconds"],
+            size=settings["size"],
+            questions=(least, most),
+            repeats=REPEATS if split == "train" else 1,
+            used=used,
+        )
+        for clip in clips:
             yield split, f"{number:08d}", clip
             number += 1
 

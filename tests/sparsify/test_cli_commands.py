@@ -98,13 +98,15 @@ def test_eval_tells_where_the_scores_look(place: Path, capsys: pytest.CaptureFix
 
 
 def test_synth_asks_as_many_questions_as_told(tmp_path: Path) -> None:
-    arguments = ["--train", "4", "--val", "0", "--test", "0", "--seconds", "3", "--size", "64", "--workers", "1"]
-    assert main(["synth", str(tmp_path / "set"), *arguments, "--questions", "7", "8"]) == 0
-    rows = json.loads((tmp_path / "set" / "annotations" / "avqa-train.json").read_text())
-    asked = Counter(row["video_id"] for row in rows)
-    assert len(asked) == 4
-    assert max(asked.values()) <= 8
-    assert len(rows) > 4 * 4  # a scene of one player cannot answer seven; together they do answer many
+    arguments = ["--train", "4", "--val", "0", "--test", "4", "--seconds", "3", "--size", "64", "--workers", "1"]
+    asked = ["--questions", "11", "12", "--eval-questions", "1", "2"]
+    assert main(["synth", str(tmp_path / "set"), *arguments, *asked]) == 0
+    for split, least, most in (("train", 5 * 4, 12), ("test", 4, 2)):
+        rows = json.loads((tmp_path / "set" / "annotations" / f"avqa-{split}.json").read_text())
+        count = Counter(row["video_id"] for row in rows)
+        assert len(count) == 4
+        assert max(count.values()) <= most
+        assert len(rows) >= least  # a scene of one player cannot answer eleven; together they do answer many
 
 
 def test_eval_masked_says_so(place: Path, capsys: pytest.CaptureFixture[str]) -> None:

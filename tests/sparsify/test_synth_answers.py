@@ -16,10 +16,10 @@ NUMBERS = ["zero", "one", "two", "three", "four", "five"]
 STEP = 0.005  # s of the oracle's clock
 
 
-def plan(count, seed=0, seconds=4.0, questions=(3, 4), used=None):
+def plan(count, seed=0, seconds=4.0, questions=(3, 4), used=None, repeats=1):
     rng = random.Random(seed)
     used = set() if used is None else used
-    return list(plan_split(count, rng, seconds=seconds, size=128, questions=questions, used=used))
+    return list(plan_split(count, rng, seconds=seconds, size=128, questions=questions, used=used, repeats=repeats))
 
 
 @pytest.fixture(scope="module")
@@ -244,6 +244,16 @@ def test_no_answer_is_a_good_guess_for_a_template_or_a_filled_question(clips):
     for (template, values), answers in by_filled.items():
         if set(answers) <= {"yes", "no"}:
             assert abs(answers["yes"] - answers["no"]) <= 1, (template.text, values)
+
+
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_a_template_is_asked_as_often_as_allowed_never_twice_the_same(repeats):
+    most = 0
+    for clip in plan(60, questions=(14, 16), repeats=repeats):
+        asked = [(q.template.text, q.values) for q in clip.questions]
+        assert len(set(asked)) == len(asked) <= 16
+        most = max(most, *Counter(text for text, _ in asked).values())
+    assert most == repeats
 
 
 def test_the_floor_learnt_on_one_split_is_low_on_another(clips):
