@@ -156,6 +156,7 @@ class TrainConfig:
     encoder_lr: float = 1e-4  # of the two encoders (lower when they are pretrained)
     weight_decay: float = 0.05
     muon: float = 0.0  # above 0: matrices follow Muon, at this multiple of their learning rate; 0: AdamW for all
+    matching: float = 0.0  # weight of a second loss: which of a step's videos is a question about?
     warmup: float = 0.05  # share of the run
     clip_norm: float = 1.0
     label_smoothing: float = 0.0
@@ -309,7 +310,7 @@ _AT_LEAST_ONE = {
 _NOT_NEGATIVE = {
     "merge": ("fence",),
     "fusion": ("mixer_layers",),
-    "train": ("lr", "encoder_lr", "weight_decay", "muon", "clip_norm", "seed", "workers"),
+    "train": ("lr", "encoder_lr", "weight_decay", "muon", "matching", "clip_norm", "seed", "workers"),
 }
 _BELOW_ONE = {"text": ("dropout",), "fusion": ("dropout",), "train": ("warmup", "label_smoothing")}
 
@@ -387,8 +388,8 @@ _DEMO = Config(
     audio=AudioConfig(spec_size=128, patch_size=8, window_size=4, embed_dim=32, depths=(1, 2, 1), heads=(2, 4, 8)),
     text=TextConfig(dim=128, layers=1, dropout=0.0),
     mask=MaskConfig(epochs=(0, -2)),
-    fusion=FusionConfig(dim=128, adapter_latents=4, adapter_dim=32),
-    train=TrainConfig(epochs=7, videos=24, lr=1e-3, encoder_lr=1e-3, muon=3.0, precision="fp32"),
+    fusion=FusionConfig(dim=128, adapter_latents=4, adapter_dim=32, layers=1, dropout=0.0),
+    train=TrainConfig(epochs=7, videos=24, lr=1e-3, encoder_lr=1e-3, muon=3.0, matching=1.0, precision="fp32"),
 )
 
 PRESETS: dict[str, Config] = {

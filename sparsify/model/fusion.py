@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from sparsify.batch import Questions
 from sparsify.config import FusionConfig
+from sparsify.model.concepts import ConceptReading, strongest_and_mean
 from sparsify.model.layers import Attention, Mlp, key_mask
 from sparsify.model.outputs import SuperTokens
 
@@ -73,18 +74,17 @@ class TokenEvidence(nn.Module):
         """
         scale, shift = self.question(question).unsqueeze(1).chunk(2, dim=-1)  # [Q, 1, D]
         evidence = F.gelu(torch.addcmul(shift, self.token(tokens)[video_index], 1 + scale.tanh()))  # [Q, K, D]
-        share = torch.where(valid, size, 0.0)
-        share = (share / share.sum(1, keepdim=True)).to(evidence.dtype)[video_index].unsqueeze(1)  # [Q, 1, K]
-        strongest = evidence.masked_fill(~valid[video_index].unsqueeze(-1), -torch.inf).amax(1)
-        return self.out(torch.cat([strongest, (share @ evidence).squeeze(1)], dim=-1))
+        return self.out(torch.cat(strongest_and_mean(evidence, size[video_index], valid[video_index]), dim=-1))
 
 
 class AnswerHead(nn.Module):
-    """All fusion layers, pooling, the classifier, and the evidence of single tokens."""
+    """Words read the video's concepts and its tokens, in turn; then pooling, the classifier, and the evidence of
+    single tokens."""
 
     def __init__(self, config: FusionConfig, answers: int) -> None:
         super().__init__()
         self.layers = nn.ModuleList(FusionLayer(config) for _ in range(config.layers))
+        self.readings = nn.ModuleList(ConceptReading(config.dim) for _ in range(config.layers + 1))
         self.token_norm = nn.LayerNorm(config.dim)
         self.norm = nn.LayerNorm(2 * config.dim)
         self.classifier = nn.Sequential(
@@ -92,13 +92,19 @@ class AnswerHead(nn.Module):
         )
         self.evidence = TokenEvidence(config.dim, 2 * config.dim, answers)
 
-    def forward(self, words: Tensor, word_valid: Tensor, questions: Questions, tokens: SuperTokens) -> Tensor:
-        """Logits fp32 [Q, answers] from words [Q, L, D], of which the first stands for the whole question."""
+    def forward(
+        self, words: Tensor, word_valid: Tensor, questions: Questions, tokens: SuperTokens, concepts: Tensor
+    ) -> Tensor:
+        """Logits fp32 [Q, answers] from words [Q, L, D], of which the first stands for the whole question, about
+        videos with ``concepts`` [V, 4 * D]."""
         y = self.token_norm(tokens.tokens)
         mask, word_mask = key_mask(tokens.valid, tokens.size), key_mask(word_valid)
-        for layer in self.layers:
+        asked = concepts[questions.video_index]
+        *before, last = self.readings
+        for reading, layer in zip(before, self.layers, strict=True):
             assert isinstance(layer, FusionLayer)
-            words = layer(words, word_mask, questions, layer.attention.keys(y), mask)
+            words = layer(reading(words, asked), word_mask, questions, layer.attention.keys(y), mask)
+        words = last(words, asked)
         mean = (words * word_valid.unsqueeze(-1)).sum(1) / word_valid.sum(1, keepdim=True)
         question = self.norm(torch.cat([words[:, 0], mean], dim=-1))
         evidence = self.evidence(y, question, questions.video_index, tokens.size, tokens.valid)

@@ -19,11 +19,12 @@ from sparsify.batch import Masking, Questions, Video
 from sparsify.config import Config
 from sparsify.model.adapters import CrossModalAdapter
 from sparsify.model.audio import AudioEncoder
+from sparsify.model.concepts import Concepts, QuestionMatching
 from sparsify.model.fusion import AnswerHead
 from sparsify.model.layers import TransformerLayer, key_mask
 from sparsify.model.masking import KeptUnits
 from sparsify.model.merging import CrossModalMerging
-from sparsify.model.outputs import SuperTokens
+from sparsify.model.outputs import SuperTokens, TrainingLogits
 from sparsify.model.text import WordTransformer, WordVocabulary, empty_text_encoder, load_text_encoder
 from sparsify.model.time import audio_offsets, time_features
 from sparsify.model.tokens import TokenHead, gather_rows
@@ -76,7 +77,8 @@ class SparsifyModel(nn.Module):
         else:
             self.text = WordTransformer(text, len(vocabulary))
         self.words = nn.Linear(self.text.dim, fusion.dim)
-        self.head = AnswerHead(fusion, ANSWER_COUNT)
+        self.concepts, self.head = Concepts(fusion.dim), AnswerHead(fusion, ANSWER_COUNT)
+        self.matching = QuestionMatching(fusion.dim, ANSWER_COUNT) if config.train.matching else None
         if pretrained:
             load_vision_weights(self.vision.swin, config.vision.weights)
             load_audio_weights(self.audio.htsat, config.audio.weights)
@@ -125,12 +127,28 @@ class SparsifyModel(nn.Module):
 
     def answer(self, tokens: SuperTokens, questions: Questions) -> Tensor:
         """Logits fp32 [Q, 42] of questions about encoded videos."""
-        words, valid = self.text(questions.tokens, questions.valid)
-        return self.head(self.words(words), valid, questions, tokens)
+        words, valid = self._words(questions)
+        return self.head(words, valid, questions, tokens, self.concepts(tokens))
 
-    def forward(self, video: Video, questions: Questions, masking: Masking | None = None) -> Tensor:
-        """``answer(encode(video, masking), questions)``."""
-        return self.answer(self.encode(video, masking), questions)
+    def forward(
+        self, video: Video, questions: Questions, masking: Masking | None = None, label: Tensor | None = None
+    ) -> Tensor | TrainingLogits:
+        """``answer(encode(video, masking), questions)``; in training, with the true answers ``label`` int64 [Q], these
+        logits and those of the matching.
+        """
+        tokens = self.encode(video, masking)
+        if label is None:
+            return self.answer(tokens, questions)
+        words, valid = self._words(questions)
+        concepts = self.concepts(tokens)
+        logits = self.head(words, valid, questions, tokens, concepts)
+        if self.matching is None:
+            return TrainingLogits(logits, None)
+        return TrainingLogits(logits, self.matching(words, valid, label, concepts))
+
+    def _words(self, questions: Questions) -> tuple[Tensor, Tensor]:
+        words, valid = self.text(questions.tokens, questions.valid)
+        return self.words(words), valid
 
     def encoder_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that ``train.encoder_lr`` is for: Swin-V2, HTS-AT, and a Hugging Face text encoder."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-__all__ = ["ModalityTokens", "SuperTokens"]
+__all__ = ["ModalityTokens", "SuperTokens", "TrainingLogits"]
 
 
 class ModalityTokens(NamedTuple):
@@ -35,3 +35,10 @@ class SuperTokens(NamedTuple):
     time: Tensor  # fp32 [V, K]: seconds from the start of the clip; 0 in empty slots
     visual: ModalityTokens
     audio: ModalityTokens
+
+
+class TrainingLogits(NamedTuple):
+    """What a training step needs of Q questions about the V videos of its batch."""
+
+    answer: Tensor  # fp32 [Q, 42]
+    matching: Tensor | None  # fp32 [Q, V]: of each video being the one that a question is about; None if not asked for

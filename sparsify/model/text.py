@@ -24,6 +24,9 @@ __all__ = [
 ]
 
 
+_SCALE = 0.5  # standard deviation of new embeddings
+
+
 class WordVocabulary(Protocol):
     """What the model needs of a vocabulary: ids of words (0 is padding), and how it is saved."""
 
@@ -42,13 +45,14 @@ class WordTransformer(nn.Module):
     def __init__(self, config: TextConfig, words: int) -> None:
         super().__init__()
         self.words = nn.Embedding(words, config.dim)
-        self.positions = nn.Parameter(0.02 * torch.randn(config.max_words, config.dim))
-        self.whole = nn.Parameter(0.02 * torch.randn(config.dim))
+        # As large as the words: "the cello louder than the violin" is the violin's opposite from the first step on.
+        self.positions = nn.Parameter(_SCALE * torch.randn(config.max_words, config.dim))
+        self.whole = nn.Parameter(_SCALE * torch.randn(config.dim))
         self.layers = nn.ModuleList(
             TransformerLayer(config.dim, config.heads, config.dropout) for _ in range(config.layers)
         )
         self.dim = config.dim
-        nn.init.normal_(self.words.weight, std=0.5)
+        nn.init.normal_(self.words.weight, std=_SCALE)
 
     def forward(self, tokens: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
         """Word ids [Q, L] -> [Q, 1 + L, dim] and which of them are there."""

@@ -56,9 +56,9 @@ def write(
 
     Clips last ``seconds``, have ``size`` x ``size`` pixels at ``fps`` frames a second, and between ``questions[0]``
     and ``questions[1]`` questions each (``eval_questions`` in val and test), or as many as their scene answers. Of
-    one template a training clip may get several, differently filled; elsewhere it gets one. The result depends on the settings alone, never on ``workers`` (processes;
-    None: one for each core). ``progress(done, total)`` counts clips. Raises ``UsageError`` for settings out of range, a
-    missing sound font, and a ``root`` that holds another data set.
+    one template a training clip may get several, differently filled; elsewhere it gets one. The result depends on the
+    settings alone, never on ``workers`` (processes; None: one for each core). ``progress(done, total)`` counts clips.
+    Raises ``UsageError`` for settings out of range, a missing sound font, and a ``root`` that holds another data set.
     """
     settings: dict[str, Any] = {
         "version": VERSION, "train": train, "val": val, "test": test, "seed": seed, "seconds": float(seconds),

@@ -161,14 +161,19 @@ class Trainer:
             batch = to_device(loaded.batch, self.device)
             try:
                 with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision.name == "bf16"):
-                    logits = self.net(batch.video, batch.questions, batch.masking)  # [Q, 42]
+                    logits, matching = self.net(batch.video, batch.questions, batch.masking, batch.label)
             except ValueError as error:  # the ops refuse NaN on a CPU
                 raise self.diverged(state.step, batch.video_id, str(error)) from error
             losses = F.cross_entropy(
                 logits.float(), batch.label, reduction="none", label_smoothing=train.label_smoothing
             )
             total = weight * losses.sum()
-            self.accelerator.backward(total * (self.world / self.nominal))  # gradients are averaged over the processes
+            objective = total
+            if matching is not None:
+                others = F.cross_entropy(matching, batch.questions.video_index, reduction="sum")
+                objective = total + weight * train.matching * others
+            # Gradients are averaged over the processes.
+            self.accelerator.backward(objective * (self.world / self.nominal))
             norm = self.accelerator.clip_grad_norm_(self.net.parameters(), train.clip_norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)

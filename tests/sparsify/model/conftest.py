@@ -45,6 +45,7 @@ TINY = {
     "fusion.adapter_latents": 2,
     "fusion.adapter_dim": 8,
     "fusion.layers": 1,
+    "train.matching": 0.0,
 }
 
 

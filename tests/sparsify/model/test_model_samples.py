@@ -52,8 +52,11 @@ def test_every_parameter_has_a_gradient_within_three_steps(tiny, make_model, mak
     learnt = set()
     for _ in range(3):
         optimiser.zero_grad()
-        logits = model(video, questions, masking if kind == "masked" else None)
-        torch.nn.functional.cross_entropy(logits, labels).backward()
+        logits, matching = model(video, questions, masking if kind == "masked" else None, labels)
+        loss = torch.nn.functional.cross_entropy(logits, labels)
+        if matching is not None:
+            loss = loss + torch.nn.functional.cross_entropy(matching, questions.video_index)
+        loss.backward()
         learnt |= {name for name, p in model.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
         optimiser.step()
     assert not {name for name, p in model.named_parameters() if p.requires_grad} - learnt
