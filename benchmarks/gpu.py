@@ -1,0 +1,373 @@
+"""The ops on a GPU: time against the best baseline and against the floor that bytes and arithmetic set.
+
+    python -m benchmarks.gpu [--json FILE] [--only OP] [--quick]
+
+The machine's own copy bandwidth and bf16 matrix rate are measured first. Each op's result is compared with its
+baseline's before it is timed: no speed-up over something else. A kernel's *floor* is the time that its bytes take at
+the copy bandwidth or its FLOP at the matrix rate, whichever is longer; its share says how near it comes. Times are
+medians of calls between which the cache is overwritten.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+import sparsify_kernels
+from sparsify_kernels import KeyTokens, attention_scores, key_tokens, merge_tokens, random_mask
+from sparsify_kernels.nn import AdaptiveSparseMerging
+from sparsify_kernels.testing import attention_scores_eager
+
+CACHE_BYTES = 256 * 2**20  # more than any GPU's last cache holds
+BF16 = torch.bfloat16
+
+
+class Machine(NamedTuple):
+    """What this GPU reaches: bytes a second of a copy (read and write together), bf16 FLOP a second of a product."""
+
+    name: str
+    copy: float
+    matrix: float
+
+
+class Case(NamedTuple):
+    """One line of the table."""
+
+    op: str
+    what: str
+    ours: Callable[[], Any]
+    baselines: dict[str, Callable[[], Any]]  # the ratio printed is to the fastest
+    bytes: int  # that must move
+    flop: int  # that must be computed
+    target: tuple[float, str] | None = None  # (factor, baseline): ours <= factor * that baseline's time
+    check: Callable[[], bool] = lambda: True
+
+
+class Row(NamedTuple):
+    """A measured case: times in ms."""
+
+    op: str
+    what: str
+    ours: float
+    floor: float
+    share: float  # floor / ours
+    baselines: dict[str, float]
+    target: str
+    reached: bool | None
+
+
+def seconds(function: Callable[[], Any], rounds: int) -> float:
+    """The median time of ``function`` on the current device, the cache overwritten before each call."""
+    flush = torch.empty(CACHE_BYTES, dtype=torch.int8, device="cuda")
+    for _ in range(3):
+        function()
+    torch.cuda.synchronize()
+    events = [(torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)) for _ in range(rounds)]
+    for start, end in events:
+        flush.zero_()
+        start.record()
+        function()
+        end.record()
+    torch.cuda.synchronize()
+    return statistics.median(start.elapsed_time(end) for start, end in events) / 1e3
+
+
+def machine() -> Machine:
+    source = torch.empty(2**30, dtype=torch.int8, device="cuda")
+    target = torch.empty_like(source)
+    a, b = (torch.randn(8192, 8192, dtype=BF16, device="cuda") for _ in range(2))
+    copy, product = seconds(lambda: target.copy_(source), 20), seconds(lambda: a @ b, 20)
+    return Machine(torch.cuda.get_device_name(), 2 * source.nbytes / copy, 2 * 8192**3 / product)
+
+
+def judge(case: Case, here: Machine, timed: Callable[[Callable[[], Any]], float]) -> Row:
+    """Time ``case`` with ``timed`` (seconds); ``RuntimeError`` when its result is not the baseline's."""
+    if not case.check():
+        raise RuntimeError(f"{case.op} {case.what}: the result differs from the baseline's; nothing was timed")
+    ours = timed(case.ours)
+    baselines = {}
+    for name, function in case.baselines.items():
+        with suppress(torch.OutOfMemoryError):
+            baselines[name] = timed(function)
+    floor = max(case.bytes / here.copy, case.flop / here.matrix)
+    target, reached = "", None
+    if case.target is not None and case.target[1] == "floor":
+        target, reached = f"<= {case.target[0]:.2f} x floor", ours <= case.target[0] * floor
+    elif case.target is not None and case.target[1] in baselines:
+        target = f"<= {case.target[0]:.2f} x {case.target[1]}"
+        reached = ours <= case.target[0] * baselines[case.target[1]]
+    times = {name: 1e3 * t for name, t in baselines.items()}
+    return Row(case.op, case.what, 1e3 * ours, 1e3 * floor, floor / ours, times, target, reached)
+
+
+def render(rows: list[Row], here: Machine) -> str:
+    lines = [
+        f"{here.name}: copies {here.copy / 1e9:,.0f} GB/s, multiplies bf16 at {here.matrix / 1e12:,.0f} TFLOP/s",
+        f"{'op':<17} {'case':<46} {'ours ms':>8} {'floor':>8} {'share':>6}  baselines: ms (times ours); target",
+    ]
+    for row in rows:
+        others = ", ".join(f"{n} {t:.3f} ({t / row.ours:.2f})" for n, t in row.baselines.items())
+        verdict = "" if row.reached is None else f"; {row.target}: {'reached' if row.reached else 'NOT reached'}"
+        lines.append(
+            f"{row.op:<17} {row.what:<46} {row.ours:8.3f} {row.floor:8.3f} {row.share:6.0%}  {others}{verdict}"
+        )
+    return "\n".join(lines)
+
+
+def close(ours: Tensor, other: Tensor, truth: Tensor) -> bool:
+    """Whether ours is about as near to the truth as the baseline."""
+    error, allowed = (ours.double() - truth).abs().max(), (other.double() - truth).abs().max()
+    return bool(error <= 2 * allowed + 1e-6)
+
+
+def fastest_sdpa(q: Tensor, k: Tensor, v: Tensor, rounds: int) -> SDPBackend:
+    """The backend of ``scaled_dot_product_attention`` that is fastest on these tensors."""
+    times = {}
+    for backend in (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+        with suppress(RuntimeError), sdpa_kernel(backend):
+            times[backend] = seconds(lambda: F.scaled_dot_product_attention(q, k, v), rounds)
+    return min(times, key=times.__getitem__) if times else SDPBackend.MATH
+
+
+def attention_cases(rounds: int) -> Iterator[Case]:
+    """Self-attention that fills the chip, and few queries, which one pass serves."""
+    for batch, heads, queries, keys, dim, factor in (
+        (16, 16, 2048, 2048, 64, 2.2),
+        (16, 16, 2048, 2048, 128, 1.9),
+        (256, 12, 64, 1024, 64, 1.2),
+        (256, 12, 14, 1024, 64, 1.2),
+    ):
+        g = torch.Generator("cuda").manual_seed(0)
+        shapes = ((batch, heads, n, dim) for n in (queries, keys, keys))
+        q, k, v = (torch.randn(s, generator=g, device="cuda", dtype=BF16) for s in shapes)
+        backend = fastest_sdpa(q, k, v, max(5, rounds // 5))
+        best = f"SDPA {backend.name.split('_')[0].lower()}"
+
+        def sdpa(q: Tensor = q, k: Tensor = k, v: Tensor = v, backend: SDPBackend = backend) -> Tensor:
+            with sdpa_kernel(backend):
+                return F.scaled_dot_product_attention(q, k, v)
+
+        def agrees(q: Tensor = q[:1, :, :256], k: Tensor = k[:1], v: Tensor = v[:1]) -> bool:
+            ours, eager = attention_scores(q, k, v), attention_scores_eager(q, k, v)
+            truth = attention_scores_eager(q.double(), k.double(), v.double())
+            pairs = zip(ours, eager, truth, strict=True)
+            return all(close(*three) for three in pairs)
+
+        size = f"B{batch} H{heads} M{queries} N{keys} d{dim}"
+        moved = 2 * batch * heads * dim * 2 * (queries + keys) + 4 * batch * keys
+        flop = 4 * batch * heads * queries * keys * dim
+        yield Case(
+            "attention_scores",
+            size,
+            lambda q=q, k=k, v=v: attention_scores(q, k, v),
+            {best: sdpa, "eager": lambda q=q, k=k, v=v: attention_scores_eager(q, k, v)},
+            moved,
+            flop,
+            (factor, best),
+            agrees,
+        )
+        leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+        slope, received_slope = torch.randn_like(q), torch.randn(batch, keys, device="cuda")
+
+        def step(function: Callable[..., Any], leaves: Any = leaves, a: Any = slope, b: Any = received_slope) -> Any:
+            received, output = function(*leaves)
+            return torch.autograd.grad((output, received), leaves, (a, b.to(received.dtype)))
+
+        def sdpa_step(leaves: Any = leaves, slope: Tensor = slope, backend: SDPBackend = backend) -> Any:
+            with sdpa_kernel(backend):
+                return torch.autograd.grad(F.scaled_dot_product_attention(*leaves), leaves, slope)
+
+        yield Case(
+            "attention_scores",
+            f"{size} fwd+bwd",
+            lambda step=step: step(attention_scores),
+            {best: sdpa_step, "eager": lambda step=step: step(attention_scores_eager)},
+            3 * moved,
+            7 * flop // 2,  # two products forward, five backward
+        )
+
+
+def merge_eager(x: Tensor, metric: Tensor, index: Tensor, form: str) -> Tensor:
+    """Where every slot is used and nothing is masked or weighed."""
+    batch, tokens, dim = x.shape
+    slots = index.shape[1]
+    similarity = torch.bmm(metric, metric.gather(1, index.unsqueeze(-1).expand(-1, -1, metric.shape[2])).mT)
+    own = torch.arange(slots, device=x.device).expand(batch, slots)
+    assign = similarity.argmax(-1).scatter(1, index, own)
+    if form == "one-hot bmm":
+        one_hot = F.one_hot(assign, slots).to(x.dtype)  # [B, N, K]
+        return one_hot.mT @ x / one_hot.sum(1).unsqueeze(-1)
+    if form == "scatter_reduce":
+        wide = assign.unsqueeze(-1).expand(-1, -1, dim)
+        return x.new_zeros(batch, slots, dim).scatter_reduce(1, wide, x, "mean", include_self=False)
+    flat = (assign + slots * torch.arange(batch, device=x.device).unsqueeze(1)).view(-1)
+    size = x.new_zeros(batch * slots).index_add_(0, flat, x.new_ones(batch * tokens))
+    total = x.new_zeros(batch * slots, dim).index_add_(0, flat, x.view(-1, dim))
+    return (total / size.unsqueeze(1)).view(batch, slots, dim)
+
+
+def merge_cases() -> Iterator[Case]:
+    batch, tokens, slots, dim, width = 128, 1024, 256, 768, 64
+    g = torch.Generator("cuda").manual_seed(0)
+    x = torch.randn(batch, tokens, dim, generator=g, device="cuda", dtype=BF16)
+    # Small integers: dots are exact in every backend, so the assignments are the same.
+    metric = torch.randint(-2, 3, (batch, tokens, width), generator=g, device="cuda").to(BF16)
+    index = torch.stack(
+        [torch.randperm(tokens, generator=g, device="cuda")[:slots].sort().values for _ in range(batch)]
+    )
+    keys = KeyTokens(index, torch.full((batch,), slots, device="cuda"))
+    moved = 2 * batch * (tokens * (dim + width) + slots * dim) + 8 * batch * tokens
+    flop = 2 * batch * tokens * slots * width
+    forms = {name: lambda name=name: merge_eager(x, metric, index, name) for name in ("index_add", "scatter_reduce")}
+    forms["one-hot bmm"] = lambda: merge_eager(x, metric, index, "one-hot bmm")
+
+    def agrees() -> bool:
+        part, truth = (
+            KeyTokens(index[:2], keys.count[:2]),
+            merge_eager(x[:2].double(), metric[:2].double(), index[:2], ""),
+        )
+        plain = merge_eager(x[:2], metric[:2], index[:2], "one-hot bmm")
+        return close(merge_tokens(x[:2], metric[:2], part).tokens, plain, truth)
+
+    size = f"B{batch} N{tokens} K{slots} D{dim} d{width}"
+    yield Case("merge_tokens", size, lambda: merge_tokens(x, metric, keys), forms, moved, flop, (0.2, "best"), agrees)
+    leaf, slope = x.detach().requires_grad_(), torch.randn(batch, slots, dim, device="cuda", dtype=BF16)
+    both = {
+        name: lambda name=name: torch.autograd.grad(merge_eager(leaf, metric, index, name), leaf, slope)
+        for name in forms
+    }
+    yield Case(
+        "merge_tokens",
+        f"{size} fwd+bwd",
+        lambda: torch.autograd.grad(merge_tokens(leaf, metric, keys).tokens, leaf, slope),
+        both,
+        moved + 2 * batch * dim * (slots + tokens),
+        flop,
+    )
+
+
+def key_eager(scores: Tensor) -> Tensor:
+    tokens = scores.shape[1]
+    slots = max(1, tokens - 3 * tokens // 4)
+    threshold = torch.quantile(scores, 0.75, dim=1, keepdim=True)
+    count = (scores >= threshold).sum(1, keepdim=True).clamp(1, slots)
+    best = scores.sort(dim=1, descending=True, stable=True).indices[:, :slots]
+    index = torch.where(torch.arange(slots, device=scores.device) < count, best, tokens).sort(dim=1).values
+    return torch.where(index == tokens, -1, index)
+
+
+def key_cases() -> Iterator[Case]:
+    for batch, tokens in ((4096, 640), (1024, 8192)):
+        scores = torch.rand(batch, tokens, generator=torch.Generator("cuda").manual_seed(0), device="cuda")
+        yield Case(
+            "key_tokens",
+            f"B{batch} N{tokens} fp32",
+            lambda scores=scores: key_tokens(scores),
+            {"quantile and sort": lambda scores=scores: key_eager(scores)},
+            batch * tokens * 4 + batch * (tokens // 4) * 8,
+            0,
+            check=lambda scores=scores: torch.equal(key_tokens(scores[:64]).index, key_eager(scores[:64])),
+        )
+
+
+def mask_cases() -> Iterator[Case]:
+    batch, units, values = 1024, 64, 3 * 32 * 32
+    for dtype in (torch.uint8, BF16, torch.float32):
+        x = torch.zeros(batch, units, values, dtype=dtype, device="cuda")
+        half = x[:, : units // 2].contiguous()
+
+        def eager(x: Tensor = x) -> Tensor:
+            index = torch.rand(batch, units, device="cuda").topk(units // 2, dim=1, sorted=False).indices.sort(1).values
+            flat = (index + units * torch.arange(batch, device="cuda").unsqueeze(1)).view(-1)
+            return x.view(batch * units, values).index_select(0, flat)
+
+        yield Case(
+            "random_mask",
+            f"B{batch} U{units} P{values} keep 1/2 {str(dtype).split('.')[1]}",
+            lambda x=x: random_mask(x, 0.5, seed=3),
+            {"clone of as much": lambda half=half: half.clone(), "eager, best": eager},
+            2 * half.nbytes,
+            0,
+            (1 / 0.9, "floor"),
+        )
+
+
+def merging_cases() -> Iterator[Case]:
+    """Scores, keys and merge together, as ``nn.AdaptiveSparseMerging`` calls them."""
+    batch, tokens, context, dim = 64, 1024, 256, 768
+    g = torch.Generator("cuda").manual_seed(0)
+    x, asks = (torch.randn(batch, n, dim, generator=g, device="cuda", dtype=BF16) for n in (tokens, context))
+    merging = AdaptiveSparseMerging(heads=12)
+
+    def eager() -> Tensor:
+        q, k = (t.unflatten(-1, (12, -1)).transpose(1, 2) for t in (asks, x))
+        received = ((q @ k.mT) * q.shape[-1] ** -0.5).softmax(-1).float().mean((1, 2))
+        slots = tokens - 3 * tokens // 4
+        index = received.topk(slots, dim=1, sorted=False).indices.sort(1).values
+        return merge_eager(x, x, index, "one-hot bmm")
+
+    yield Case(
+        "adaptive merging",
+        f"B{batch} N{tokens} M{context} D{dim}",
+        lambda: merging(x, asks),
+        {"eager": eager},
+        2 * batch * dim * (2 * tokens + context + tokens // 4),
+        2 * batch * tokens * dim * (context + tokens // 4),
+    )
+
+
+def cases(rounds: int) -> Iterator[Case]:
+    yield from attention_cases(rounds)
+    yield from merge_cases()
+    yield from key_cases()
+    yield from mask_cases()
+    yield from merging_cases()
+
+
+def with_best(row: Row, case: Case) -> Row:
+    """A target against ``best`` is one against the fastest baseline."""
+    if case.target is None or case.target[1] != "best" or not row.baselines:
+        return row
+    name = min(row.baselines, key=row.baselines.__getitem__)
+    reached = row.ours <= case.target[0] * row.baselines[name]
+    return row._replace(target=f"<= {case.target[0]:.2f} x {name}", reached=reached)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the rows and the machine there, too")
+    parser.add_argument("--only", metavar="OP", help="only cases whose op begins so")
+    parser.add_argument("--quick", action="store_true", help="20 rounds in place of 100")
+    args = parser.parse_args(arguments)
+    if not torch.cuda.is_available():
+        print("no GPU here: GPU: not measured", file=sys.stderr)
+        return 1
+    rounds = 20 if args.quick else 100
+    here = machine()
+    rows = []
+    for case in cases(rounds):
+        if args.only is None or case.op.startswith(args.only):
+            rows.append(with_best(judge(case, here, lambda f: seconds(f, rounds)), case))
+            print(render(rows[-1:], here).splitlines()[-1], file=sys.stderr, flush=True)
+    print(render(rows, here))
+    if args.json is not None:
+        info = {"torch": torch.__version__, "python": platform.python_version(), **sparsify_kernels.backend_info()}
+        data = {"machine": here._asdict(), "versions": info, "rows": [row._asdict() for row in rows]}
+        args.json.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
