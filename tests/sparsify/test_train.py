@@ -19,6 +19,7 @@ from sparsify.config import Config
 from sparsify.data.music_avqa import DataRoot
 from sparsify.errors import CheckpointError, DataError, TrainingError, UsageError
 from sparsify.model import SparsifyModel
+from sparsify.model.fusion import AnswerHead
 from sparsify.training import InterruptedRun, evaluate, read_metrics, train
 from sparsify.training import trainer as trainer_module
 from sparsify.training.loading import epoch_order, share, step_seed
@@ -288,14 +289,14 @@ def test_the_epoch_is_judged_on_validation_never_on_test(run: Run, monkeypatch: 
 def test_a_loss_that_is_not_a_number_names_step_and_videos_and_keeps_the_checkpoint(
     run: Run, tiny_root: DataRoot, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = SparsifyModel.forward
+    forward = AnswerHead.forward
     calls = []
 
-    def poisoned(self: SparsifyModel, *args: Any) -> torch.Tensor:
-        calls.append(1)
+    def poisoned(self: AnswerHead, *args: Any) -> torch.Tensor:
+        calls.extend([1] if self.training else [])
         return forward(self, *args) * (float("nan") if len(calls) == STEPS + 2 else 1.0)
 
-    monkeypatch.setattr(SparsifyModel, "forward", poisoned)
+    monkeypatch.setattr(AnswerHead, "forward", poisoned)
     names = list(tiny_root.split("train").videos)
     expected = ", ".join(names[i] for i in epoch_order(8, 0, 1)[3:6])
     with pytest.raises(
@@ -426,3 +427,15 @@ def test_the_configuration_is_printed_once(run: Run, tiny_config: Config, capsys
     assert "masked (" not in shown.err.splitlines()[0]
     assert "unmasked" in shown.err
     assert "Audio-Visual" in shown.err  # the table
+
+
+def test_the_matching_is_trained_beside_the_answers(run: Run, tiny_config: Config, tmp_path: Path) -> None:
+    """The loss that is reported stays that of the answers: the matching starts at log(3), of three videos a step."""
+    one = tiny_config.replace(**{"train.epochs": 1, "text.dropout": 0.0, "fusion.dropout": 0.0})
+    plain = run("plain", config=one)["history"][0]["loss"]
+    beside = run("matched", config=one.replace(**{"train.matching": 1.0}))["history"][0]["loss"]
+    assert beside != plain
+    assert abs(beside - plain) < 0.5
+    matched = SparsifyModel.from_pretrained(tmp_path / "matched" / "last")
+    assert matched.matching is not None
+    assert matched.matching.scale.item() != 10.0
