@@ -17,8 +17,8 @@ KERNELS := setup.py pyproject.toml sparsify_kernels/_build.py $(wildcard csrc/*)
 CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl)
 DEMO_DATA ?= data/demo
 DEMO_RUN ?= runs/demo
-# What two cores render in a minute. A clip costs the encoders the same however much is asked about it: ask all it answers.
-DEMO_CLIPS ?= --train 3000 --questions 8 9
+# What two cores render in a minute or two. A clip costs the encoders the same however much is asked about it: ask much.
+DEMO_CLIPS ?= --train 3000 --questions 14 16 --eval-questions 8 9
 
 .PHONY: setup demo test test-all lint bench clean
 .DELETE_ON_ERROR:
