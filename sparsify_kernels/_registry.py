@@ -40,7 +40,7 @@ RUNGS = ("reference", "fake", "backward", "cpp", "triton", "test", "benchmark", 
 TO_COME: dict[str, tuple[str, ...]] = {
     "random_mask": (),
     "attention_scores": ("triton",),
-    "key_tokens": ("triton",),
+    "key_tokens": (),
     "merge_tokens": ("triton",),
     "window_attention": RUNGS,
 }
