@@ -41,7 +41,7 @@ TO_COME: dict[str, tuple[str, ...]] = {
     "random_mask": (),
     "attention_scores": ("triton",),
     "key_tokens": (),
-    "merge_tokens": ("triton",),
+    "merge_tokens": (),
     "window_attention": RUNGS,
 }
 

@@ -43,16 +43,28 @@ from sparsify_kernels.merge_tokens import reference
 
 __all__ = ["TARGETS", "merge_tokens", "merge_tokens_backward"]
 
-# Tokens, keys and values of a metric that are multiplied at a time; tokens and values that one step of the backward
-# moves. Smaller under the interpreter, so that small inputs take several blocks.
-ASSIGN_BLOCKS = {"TOKENS": 16, "KEYS": 16, "BLOCK": 16} if INTERPRETED else {"TOKENS": 64, "KEYS": 64, "BLOCK": 32}
-GRADIENT_BLOCKS = {"TOKENS": 8, "BLOCK": 32} if INTERPRETED else {"TOKENS": 8, "BLOCK": 256}
+# Tokens, keys and values of a metric that are multiplied at a time, by the warps of one program; tokens and values that
+# one step of the backward moves. What fits the registers of all targets. Smaller under the interpreter, so that small
+# inputs take several blocks.
+TOKENS = 16 if INTERPRETED else 64
+ASSIGN_BLOCKS = {
+    dtype: {"TOKENS": TOKENS, "KEYS": 16 if INTERPRETED else keys, "BLOCK": 16, "num_warps": 8}
+    for dtype, keys in ((torch.float32, 16), (torch.bfloat16, 64), (torch.float16, 64))
+}
+GRADIENT_BLOCKS = {"TOKENS": 16, "BLOCK": 32} if INTERPRETED else {"TOKENS": 4, "BLOCK": 256}
 
 
 @triton.jit
 def _operand(b_x):
     """As ``tl.dot`` takes it: in its own precision, which the interpreter cannot multiply in."""
     return widened(b_x) if INTERPRETED else b_x
+
+
+@triton.jit
+def _ordered(b_x):
+    """fp32 as int32 of the same order, -0 as +0."""
+    b_bits = tl.where(b_x == 0.0, 0, b_x.to(tl.int32, bitcast=True))
+    return b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF)
 
 
 @triton.jit
@@ -88,9 +100,8 @@ def _assign(
     bad_key = bad_count.to(tl.int32)
     live = tl.minimum(tl.maximum(count, 0), slots)
 
-    b_best = tl.full([TOKENS], -float("inf"), tl.float32)
-    b_slot = tl.zeros([TOKENS], tl.int64)  # where every similarity is -inf
-    b_own = tl.full([TOKENS], 0x7FFFFFFFFFFFFFFF, tl.int64)
+    b_best = tl.full([TOKENS], -0x80000000, tl.int32)  # below every similarity
+    b_slot = tl.zeros([TOKENS], tl.int32)
     for first in range(0, live, KEYS):
         o_slot = first + tl.arange(0, KEYS).to(tl.int64)  # [KEYS]
         m_slot = o_slot < live
@@ -108,14 +119,13 @@ def _assign(
             p_named = p_sample + b_key[None, :] * stride_n + o_dim[:, None] * stride_d
             b_named = tl.load(p_named, mask=m_key[None, :] & m_dim[:, None], other=0.0)  # [BLOCK, KEYS]
             b_sum = tl.dot(_operand(b_row), _operand(b_named), b_sum, input_precision="ieee")
-        b_sum = tl.where(m_slot[None, :] & (b_sum == b_sum), b_sum, -float("inf"))  # NaN is unlike itself
-        b_top = tl.max(b_sum, 1)  # [TOKENS]
-        b_first = tl.min(tl.where(b_sum == b_top[:, None], o_slot[None, :], 0x7FFFFFFFFFFFFFFF), 1)
+        b_sum = tl.where(b_sum == b_sum, b_sum, -float("inf"))  # NaN is unlike itself
+        b_order = tl.where(m_slot[None, :], _ordered(b_sum), -0x80000000)  # [TOKENS, KEYS]
+        b_order = tl.where(b_key[None, :] == o_token[:, None], 0x7FFFFFFF, b_order)  # its own key exceeds +inf
+        b_top = tl.max(b_order, 1)  # [TOKENS]
+        b_first = tl.min(tl.where(b_order == b_top[:, None], o_slot.to(tl.int32)[None, :], 0x7FFFFFFF), 1)
         b_slot = tl.where(b_top > b_best, b_first, b_slot)
         b_best = tl.maximum(b_best, b_top)
-        m_own = m_slot[None, :] & (b_key[None, :] == o_token[:, None])  # [TOKENS, KEYS]
-        b_own = tl.minimum(b_own, tl.min(tl.where(m_own, o_slot[None, :], 0x7FFFFFFFFFFFFFFF), 1))
-    b_slot = tl.where(b_own < slots, b_own, b_slot)
     tl.store(p_assign + i_b * tokens + o_token, tl.where(m_alive & (bad_key == 0), b_slot, -1), mask=o_token < tokens)
 
     bad = bad_key
@@ -147,9 +157,6 @@ def _gradients(
     x_b,
     x_n,
     x_d,
-    mean_b,
-    mean_k,
-    mean_d,
     TOKENS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -183,7 +190,7 @@ def _gradients(
         if p_x is not None:
             p_block = p_x + (o_b * x_b + o_row % tokens * x_n)[:, None] + o_dim[None, :] * x_d
             b_away = widened(tl.load(p_block, mask=m_read, other=0.0))
-            p_block = p_mean + (o_b * mean_b + o_slot * mean_k)[:, None] + o_dim[None, :] * mean_d
+            p_block = p_mean + ((o_b * slots + o_slot) * dim)[:, None] + o_dim[None, :]
             b_away -= widened(tl.load(p_block, mask=m_read, other=0.0))
             b_dot += b_away * b_grad
     if p_dweight is not None:
@@ -209,11 +216,11 @@ def merge_tokens(
     assign = index.new_empty((samples, tokens))
     if not samples:
         return merged, size, assign
-    blocks = max(1, triton.cdiv(tokens, ASSIGN_BLOCKS["TOKENS"]))  # one even without tokens, for the keys
+    blocks = max(1, triton.cdiv(tokens, TOKENS))  # one even without tokens, for the keys
     bad = index.new_empty((samples, blocks), dtype=torch.int32)
     sizes = (tokens, slots, metric.shape[2], blocks)
     _assign[(samples * blocks,)](
-        metric, index, count, weights, there, assign, bad, *sizes, *metric.stride(), **ASSIGN_BLOCKS
+        metric, index, count, weights, there, assign, bad, *sizes, *metric.stride(), **ASSIGN_BLOCKS[metric.dtype]
     )
     if reference.check_values(x.device) and bool(bad.any()):
         raise InvalidValue(reference._complaint(index, count, weight, reference._valid(x, valid)))
@@ -254,7 +261,7 @@ def merge_tokens_backward(
         None if grad_size is None else grad_size.contiguous(),
         away,
         None if weight is None else weight.contiguous(),
-        tokens,
+        tokens.contiguous(),
         size.contiguous(),
         assign.contiguous(),
         dx if wanted[0] else None,
@@ -265,7 +272,6 @@ def merge_tokens_backward(
         dim,
         *((0, 0, 0) if grad_tokens is None else grad_tokens.stride()),
         *((0, 0, 0) if away is None else away.stride()),
-        *tokens.stride(),
         **GRADIENT_BLOCKS,
     )
     return dx, dweight
@@ -273,19 +279,20 @@ def merge_tokens_backward(
 
 # How the tests compile every kernel: types of the run-time arguments, compile-time arguments, warps.
 _STRIDES = "i64 i32 i32"
-_TILES = {"TOKENS": 64, "KEYS": 64, "BLOCK": 32}
+_TILE = {"TOKENS": 64, "KEYS": 16, "BLOCK": 16}
+_WIDE = {"TOKENS": 64, "KEYS": 64, "BLOCK": 16}
 _ROWS = {"ROWS": 8, "BLOCK": 256}
-_STEP = {"TOKENS": 8, "BLOCK": 256}
+_STEP = {"TOKENS": 4, "BLOCK": 256}
 _PLAIN = {"p_weight": None, "p_valid": None, "stride_d": 1}
 _DX = {"p_grad_size": None, "p_x": None, "p_weight": None, "p_dweight": None, "x_b": 0, "x_n": 0, "x_d": 0}
 TARGETS: list[tuple[Any, str, dict[str, Any], int]] = [
     *(
-        (_assign, f"*{dtype} *i64 *i64 *fp32 *u8 *i64 *i32 i32 i32 i32 i32 {_STRIDES}", _TILES, 4)
-        for dtype in ("fp32", "bf16", "fp16")
+        (_assign, f"*{dtype} *i64 *i64 *fp32 *u8 *i64 *i32 i32 i32 i32 i32 {_STRIDES}", tile, 8)
+        for dtype, tile in (("fp32", _TILE), ("bf16", _WIDE), ("fp16", _WIDE))
     ),
     *(
-        (_assign, f"*{dtype} *i64 *i64 *i64 *i32 i32 i32 i32 i32 i64 i32", _PLAIN | _TILES, 4)
-        for dtype in ("fp32", "bf16")
+        (_assign, f"*{dtype} *i64 *i64 *i64 *i32 i32 i32 i32 i32 i64 i32", _PLAIN | tile, 8)
+        for dtype, tile in (("fp32", _TILE), ("bf16", _WIDE))
     ),
     (rank_rows, "*i64 *i32 *i32 i32 i32 i32", {"QUERIES": 32, "BLOCK": 64}, 4),
     *(
@@ -297,11 +304,11 @@ TARGETS: list[tuple[Any, str, dict[str, Any], int]] = [
         (
             _gradients,
             f"*{dtype} *fp32 *{dtype} *fp32 *{dtype} *fp32 *i64 *{dtype} *fp32 i32 i32 i32 i32"
-            f" {_STRIDES} {_STRIDES} {_STRIDES}",
+            f" {_STRIDES} {_STRIDES}",
             _STEP,
             4,
         )
         for dtype in ("fp32", "bf16", "fp16")
     ),
-    (_gradients, f"*bf16 *bf16 *fp32 *i64 *bf16 i32 i32 i32 i32 {_STRIDES} {_STRIDES}", _DX | _STEP, 4),
+    (_gradients, f"*bf16 *bf16 *fp32 *i64 *bf16 i32 i32 i32 i32 {_STRIDES}", _DX | _STEP, 4),
 ]
