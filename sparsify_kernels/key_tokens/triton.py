@@ -37,7 +37,7 @@ from sparsify_kernels.random_mask.triton import as_integers
 __all__ = ["TARGETS", "key_tokens", "key_tokens_gather", "key_tokens_gather_backward"]
 
 LARGEST = 16384  # tokens of which one program finds the keys; beyond, the reference's sort does
-PART = 2048  # of them that it puts into slots at a time
+PART = 256 if INTERPRETED else 2048  # of them that it puts into slots at a time; several parts even of small inputs
 BLOCK_VALUES = 2048  # values that one program moves
 
 
