@@ -51,14 +51,14 @@ def widened(b_x):
 
 
 @triton.jit
-def narrowed(b_x, DTYPE: tl.constexpr):
-    """``b_x`` rounded to ``DTYPE``, to nearest, ties to even."""
-    if DTYPE == tl.bfloat16 and INTERPRETED:
+def narrowed(b_x, dtype: tl.constexpr):
+    """``b_x`` rounded to ``dtype``, to nearest, ties to even."""
+    if dtype == tl.bfloat16 and INTERPRETED:
         b_bits = b_x.to(tl.int32, bitcast=True)
         b_bits = tl.where(b_x == b_x, b_bits + 0x7FFF + ((b_bits >> 16) & 1), 0x7FC00000)
         b_narrow = (b_bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
     else:
-        b_narrow = b_x.to(DTYPE)
+        b_narrow = b_x.to(dtype)
     return b_narrow
 
 
@@ -75,7 +75,7 @@ def rank_rows(p_segment, p_start, p_members, rows, segments, programs, QUERIES: 
     m_row = o_query < rows
     b_segment = tl.load(p_segment + i_b * rows + o_query, mask=m_row, other=-1)
     b_place = tl.where(m_row, b_segment * rows + o_query, (o_query - rows) * rows)  # one number for (segment, row)
-    b_before = tl.zeros([QUERIES, BLOCK], tl.int32)
+    b_before = tl.full([QUERIES, BLOCK], 0, tl.int32)
     for first in range(0, rows, BLOCK):
         o_row = first + tl.arange(0, BLOCK).to(tl.int64)  # [BLOCK]
         b_other = tl.load(p_segment + i_b * rows + o_row, mask=o_row < rows, other=-1)
@@ -122,14 +122,16 @@ def sum_rows(
     begin = tl.load(p_start + i_b * (segments + 1) + i_s)
     end = tl.load(p_start + i_b * (segments + 1) + i_s + 1)
     SUMS: tl.constexpr = tl.float64 if p_rows.dtype.element_ty == tl.float64 else tl.float32
-    b_sum = tl.zeros([ROWS, BLOCK], SUMS)
-    b_weights = tl.zeros([ROWS], SUMS)
+    b_sum = tl.full([ROWS, BLOCK], 0.0, SUMS)
+    b_weights = tl.full([ROWS], 0.0, SUMS)
     for first in range(begin, end, ROWS):
         o_member = first + tl.arange(0, ROWS)  # [ROWS]
         m_member = o_member < end
         o_row = tl.load(p_members + i_b * rows + o_member, mask=m_member, other=0).to(tl.int64)
         p_block = p_rows + i_b * stride_b + o_row[:, None] * stride_n + o_value[None, :] * stride_v
-        b_rows = widened(tl.load(p_block, mask=m_member[:, None] & m_value[None, :], other=0.0))  # [ROWS, BLOCK]
+        b_rows = tl.load(p_block, mask=m_member[:, None] & m_value[None, :], other=0.0)  # [ROWS, BLOCK]
+        if b_rows.dtype != SUMS:
+            b_rows = widened(b_rows)
         if p_weight is not None:
             b_weight = tl.load(p_weight + i_b * rows + o_row, mask=m_member, other=0.0)
             b_rows *= b_weight[:, None]
@@ -147,7 +149,9 @@ def sum_rows(
             bad = tl.maximum(bad, tl.max(tl.load(p_bad + i_b * bads + o_bad, mask=o_bad < bads, other=0), 0))
         b_out = tl.where(bad > 0, float("nan"), b_out)
         tl.store(p_size + i_out, tl.where(bad > 0, float("nan"), size), mask=tl.program_id(1) == 0)
-    tl.store(p_out + i_out * values + o_value, narrowed(b_out, p_out.dtype.element_ty), mask=m_value)
+    if p_out.dtype.element_ty != SUMS:
+        b_out = narrowed(b_out, p_out.dtype.element_ty)
+    tl.store(p_out + i_out * values + o_value, b_out, mask=m_value)
 
 
 def rank_programs(rows: int, segments: int) -> int:

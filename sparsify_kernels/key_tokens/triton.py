@@ -70,17 +70,13 @@ def _keys(p_score, p_valid, m_sample, o_token, tokens, stride_n, valid_n):
     """The scores of ``o_token`` [1, n] as ``_ordered`` has them, NaN as -inf; the lowest int32 where there is no valid
     token."""
     m_valid = m_sample & (o_token < tokens)  # [SAMPLES, n]
-    b_score = widened(tl.load(p_score + o_token.to(tl.int64) * stride_n, mask=m_valid, other=0.0)).to(tl.float32)
+    b_score = tl.load(p_score + o_token.to(tl.int64) * stride_n, mask=m_valid, other=0.0)
+    if b_score.dtype != tl.float32:
+        b_score = widened(b_score).to(tl.float32)
     if p_valid is not None:
         m_valid = m_valid & (tl.load(p_valid + o_token.to(tl.int64) * valid_n, mask=m_valid, other=0) != 0)
     b_score = tl.where(b_score == b_score, b_score, -float("inf"))  # NaN is the only number unlike itself
     return tl.where(m_valid, _ordered(b_score), -0x80000000)
-
-
-@triton.jit
-def _count_both(m_one, m_other):
-    """How many of each row hold, of ``one`` in the lower half of the result, of the ``other`` in the upper."""
-    return tl.sum(m_one.to(tl.int32) + (m_other.to(tl.int32) << 16), 1)
 
 
 @triton.jit
@@ -120,12 +116,13 @@ def _pick(
     for step in range(32):
         bit = tl.full([SAMPLES], 1, tl.int32) << (31 - step)  # from NOWHERE up, the sign counts as the highest bit
         up1, up3 = low1 ^ bit, low3 ^ bit
-        below = _count_both(b_key < up1[:, None], b_key < up3[:, None])
+        # Two counts in one sum: they are below 2^15.
+        below = tl.sum((b_key < up1[:, None]).to(tl.int32) + ((b_key < up3[:, None]).to(tl.int32) << 16), 1)
         low1 = tl.where((below & 0xFFFF) <= rank1, up1, low1)
         low3 = tl.where((below >> 16) <= rank3, up3, low3)
 
     # The next rank holds the same score where more scores than the rank says are no higher.
-    no_higher = _count_both(b_key <= low1[:, None], b_key <= low3[:, None])
+    no_higher = tl.sum((b_key <= low1[:, None]).to(tl.int32) + ((b_key <= low3[:, None]).to(tl.int32) << 16), 1)
     above1 = tl.min(tl.where(b_key > low1[:, None], b_key, 0x7FFFFFFF), 1)
     above3 = tl.min(tl.where(b_key > low3[:, None], b_key, 0x7FFFFFFF), 1)
     above1 = tl.where((last % 4 == 0) | ((no_higher & 0xFFFF) > rank1 + 1), low1, above1)
@@ -157,14 +154,15 @@ def _pick(
         b_part = _keys(p_score, p_there, m_sample[:, None], o_token, tokens, stride_n, valid_n)
         m_above = b_part > border[:, None]  # [SAMPLES, PART]
         m_equal = (b_part == border[:, None]) & (b_part > NOWHERE)
-        b_seen = tl.cumsum(m_above.to(tl.int32) | (m_equal.to(tl.int32) << 16), 1)  # two counts below 2^15 in one scan
+        b_both = m_above.to(tl.int32) | (m_equal.to(tl.int32) << 16)
+        b_seen = tl.cumsum(b_both, 1)
         b_equal = equal[:, None] + (b_seen >> 16)
         m_key = m_above | (m_equal & (b_equal <= ties[:, None]))
         o_slot = above[:, None] + (b_seen & 0xFFFF) + tl.minimum(b_equal, ties[:, None]) - 1
         tl.store(p_slots + o_slot, (o_token + o_slot * 0).to(tl.int64), mask=m_key)
         m_rest = m_sample[:, None] & (o_token >= count[:, None]) & (o_token < slots)
         tl.store(p_slots + o_token, tl.full([SAMPLES, PART], -1, tl.int64), mask=m_rest)
-        seen = _count_both(m_above, m_equal)
+        seen = tl.sum(b_both, 1)
         above, equal = above + (seen & 0xFFFF), equal + (seen >> 16)
     tl.store(p_count + o_sample, count.to(tl.int64), mask=m_sample)
 
@@ -262,9 +260,7 @@ def key_tokens_gather_backward(grad: Tensor, index: Tensor, tokens: int) -> Tens
         start = index.new_empty((samples, tokens + 1), dtype=torch.int32)
         members = index.new_empty((samples, slots), dtype=torch.int32)
         programs = rank_programs(slots, tokens)
-        rank_rows[(samples * programs,)](
-            index.contiguous(), start, members, slots, tokens, programs, **RANK_BLOCKS
-        )
+        rank_rows[(samples * programs,)](index.contiguous(), start, members, slots, tokens, programs, **RANK_BLOCKS)
         grid = (samples * tokens, value_blocks(values))
         sizes = (slots, tokens, values, 0)
         sum_rows[grid](source, None, start, members, None, target, None, *sizes, *source.stride(), **SUM_BLOCKS)
@@ -284,7 +280,12 @@ def _flat(x: Tensor) -> Tensor:
 _PICK = "i32 i32 i32 fp64 i64 i32"
 _ONE = {"p_weight": None, "p_bad": None, "p_size": None}
 TARGETS: list[tuple[Any, str, dict[str, Any], int]] = [
-    (_pick, f"*fp32 *i64 *i64 {_PICK}", {"p_valid": None, "valid_b": 0, "valid_n": 0, "SAMPLES": 1, "BLOCK": 64, "PART": 64}, 4),
+    (
+        _pick,
+        f"*fp32 *i64 *i64 {_PICK}",
+        {"p_valid": None, "valid_b": 0, "valid_n": 0, "SAMPLES": 1, "BLOCK": 64, "PART": 64},
+        4,
+    ),
     (_pick, f"*bf16 *u8 *i64 *i64 {_PICK} i64 i32", {"SAMPLES": 1, "BLOCK": 1024, "PART": 1024}, 4),
     (_pick, f"*fp16 *u8 *i64 *i64 {_PICK} i64 i32", {"SAMPLES": 1, "BLOCK": 4096, "PART": PART}, 8),
     (_pick, f"*fp64 *u8 *i64 *i64 {_PICK} i64 i32", {"SAMPLES": 1, "BLOCK": LARGEST, "PART": PART}, 16),

@@ -11,8 +11,8 @@ for each token from its slot.
 fp32 metrics are multiplied in fp32, not in tf32: nearly equal similarities must not be told apart by rounding. fp64
 goes to the reference.
 
-Bad values never lead out of bounds: ``_assign`` looks at the keys and weights that it reads and notes, for each block of
-tokens, whether any was bad; then tokens and size of that sample are NaN, and after a bad key its assignment is -1.
+Bad values never lead out of bounds: ``_assign`` looks at the keys and weights that it reads and notes, for each block
+of tokens, whether any was bad; then tokens and size of that sample are NaN, and after a bad key its assignment is -1.
 
 Alphabet: ``i_`` ids, ``o_`` offsets, ``m_`` masks, ``p_`` pointers, ``b_`` blocks. Offsets into tensors are int64
 before the first multiply. Where a pointer may be None, the kernel is compiled without what it is for.
@@ -52,12 +52,6 @@ ASSIGN_BLOCKS = {
     for dtype, keys in ((torch.float32, 16), (torch.bfloat16, 64), (torch.float16, 64))
 }
 GRADIENT_BLOCKS = {"TOKENS": 16, "BLOCK": 32} if INTERPRETED else {"TOKENS": 4, "BLOCK": 256}
-
-
-@triton.jit
-def _operand(b_x):
-    """As ``tl.dot`` takes it: in its own precision, which the interpreter cannot multiply in."""
-    return widened(b_x) if INTERPRETED else b_x
 
 
 @triton.jit
@@ -101,7 +95,7 @@ def _assign(
     live = tl.minimum(tl.maximum(count, 0), slots)
 
     b_best = tl.full([TOKENS], -0x80000000, tl.int32)  # below every similarity
-    b_slot = tl.zeros([TOKENS], tl.int32)
+    b_slot = tl.full([TOKENS], 0, tl.int32)
     for first in range(0, live, KEYS):
         o_slot = first + tl.arange(0, KEYS).to(tl.int64)  # [KEYS]
         m_slot = o_slot < live
@@ -110,7 +104,7 @@ def _assign(
         if p_valid is not None:
             m_key = m_key & (tl.load(p_valid + i_b * tokens + b_key, mask=m_key, other=0) != 0)
         bad_key = tl.maximum(bad_key, tl.max((m_slot & (m_key == 0)).to(tl.int32), 0))
-        b_sum = tl.zeros([TOKENS, KEYS], tl.float32)
+        b_sum = tl.full([TOKENS, KEYS], 0.0, tl.float32)
         for start in range(0, dim, BLOCK):
             o_dim = start + tl.arange(0, BLOCK).to(tl.int64)  # [BLOCK]
             m_dim = o_dim < dim
@@ -118,7 +112,9 @@ def _assign(
             b_row = tl.load(p_row, mask=m_alive[:, None] & m_dim[None, :], other=0.0)  # [TOKENS, BLOCK]
             p_named = p_sample + b_key[None, :] * stride_n + o_dim[:, None] * stride_d
             b_named = tl.load(p_named, mask=m_key[None, :] & m_dim[:, None], other=0.0)  # [BLOCK, KEYS]
-            b_sum = tl.dot(_operand(b_row), _operand(b_named), b_sum, input_precision="ieee")
+            if INTERPRETED and b_row.dtype == tl.bfloat16:
+                b_row, b_named = widened(b_row), widened(b_named)
+            b_sum = tl.dot(b_row, b_named, b_sum, input_precision="ieee")
         b_sum = tl.where(b_sum == b_sum, b_sum, -float("inf"))  # NaN is unlike itself
         b_order = tl.where(m_slot[None, :], _ordered(b_sum), -0x80000000)  # [TOKENS, KEYS]
         b_order = tl.where(b_key[None, :] == o_token[:, None], 0x7FFFFFFF, b_order)  # its own key exceeds +inf
@@ -174,12 +170,12 @@ def _gradients(
     b_scale = b_share
     if p_weight is not None:
         b_scale = b_share * tl.load(p_weight + o_row, mask=m_live, other=0.0)
-    b_dot = tl.zeros([TOKENS, BLOCK], tl.float32)
+    b_dot = tl.full([TOKENS, BLOCK], 0.0, tl.float32)
     for first in range(0, dim, BLOCK):
         o_dim = first + tl.arange(0, BLOCK).to(tl.int64)  # [BLOCK]
         m_dim = o_dim[None, :] < dim
         m_read = m_live[:, None] & m_dim  # [TOKENS, BLOCK]
-        b_grad = tl.zeros([TOKENS, BLOCK], tl.float32)
+        b_grad = tl.full([TOKENS, BLOCK], 0.0, tl.float32)
         if p_grad is not None:
             p_block = p_grad + (o_b * grad_b + o_slot * grad_k)[:, None] + o_dim[None, :] * grad_d
             b_grad = widened(tl.load(p_block, mask=m_read, other=0.0))
@@ -299,12 +295,16 @@ TARGETS: list[tuple[Any, str, dict[str, Any], int]] = [
         (sum_rows, f"*{dtype} *fp32 *i32 *i32 *i32 *{dtype} *fp32 i32 i32 i32 i32 {_STRIDES}", _ROWS, 4)
         for dtype in ("fp32", "bf16", "fp16")
     ),
-    (sum_rows, "*fp32 *i32 *i32 *i32 *fp32 *fp32 i32 i32 i32 i32 i64 i32", {"p_weight": None, "stride_v": 1} | _ROWS, 4),
+    (
+        sum_rows,
+        "*fp32 *i32 *i32 *i32 *fp32 *fp32 i32 i32 i32 i32 i64 i32",
+        {"p_weight": None, "stride_v": 1} | _ROWS,
+        4,
+    ),
     *(
         (
             _gradients,
-            f"*{dtype} *fp32 *{dtype} *fp32 *{dtype} *fp32 *i64 *{dtype} *fp32 i32 i32 i32 i32"
-            f" {_STRIDES} {_STRIDES}",
+            f"*{dtype} *fp32 *{dtype} *fp32 *{dtype} *fp32 *i64 *{dtype} *fp32 i32 i32 i32 i32 {_STRIDES} {_STRIDES}",
             _STEP,
             4,
         )
