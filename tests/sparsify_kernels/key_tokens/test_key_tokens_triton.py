@@ -149,6 +149,25 @@ def test_the_threshold_is_computed_in_fp64() -> None:
     assert run("key_tokens", scores, None, narrow, None)[1].tolist() == [1]
 
 
+def test_half_way_is_computed_from_the_upper_neighbour() -> None:
+    # Between numbers so far apart that their difference is rounded the two ways differ by a step, which decides where
+    # the fence puts the threshold beside a score.
+    g = torch.Generator().manual_seed(0)
+    cases = 0
+    while cases < 6:
+        low, high, top = (
+            torch.rand(3, generator=g) * torch.tensor([1e-9, 1.0, 0.0]) + torch.tensor([0, 1, 3])
+        ).tolist()
+        upper, lower = high - 0.5 * (high - low), low + 0.5 * (high - low)
+        fence = (top - upper) / upper
+        reached = upper + fence * upper <= top
+        if reached == (lower + fence * lower <= top):
+            continue
+        scores = torch.tensor([[0.0] * 7 + [low, high, top, top]])
+        assert run("key_tokens", scores, None, fence, None)[1].item() == (2 if reached else 1)
+        cases += 1
+
+
 def test_the_product_with_the_fence_is_rounded_before_it_is_added() -> None:
     # With Q3 = -m and fence m / spread the threshold is 0, or what rounding m / spread has left, if nothing rounds the
     # product: then a score of 0, or one a little below, is on the other side.
