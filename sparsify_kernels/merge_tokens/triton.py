@@ -56,7 +56,7 @@ GRADIENT_BLOCKS = {"TOKENS": 16, "BLOCK": 32} if INTERPRETED else {"TOKENS": 4, 
 
 @triton.jit
 def _ordered(b_x):
-    """fp32 as int32 of the same order, -0 as +0."""
+    """fp32 as int32 of the same order, -0, which a matrix unit may leave, as +0."""
     b_bits = tl.where(b_x == 0.0, 0, b_x.to(tl.int32, bitcast=True))
     return b_bits ^ ((b_bits >> 31) & 0x7FFFFFFF)
 
