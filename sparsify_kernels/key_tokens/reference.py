@@ -37,10 +37,8 @@ def key_tokens(scores: Tensor, valid: Tensor | None, fence: float, capacity: int
         return scores.new_full((batch, slots), -1, dtype=torch.int64), scores.new_zeros((batch,), dtype=torch.int64)
     if valid is None:
         valid = torch.ones_like(scores, dtype=torch.bool)
+    check_scores(scores, valid)
     nan = scores.isnan() & valid
-    if check_values(scores.device) and nan.any():
-        sample, token = nan.nonzero()[0].tolist()
-        raise InvalidValue(f"key_tokens: scores must not be NaN at valid tokens, got NaN at [{sample}, {token}]")
 
     # Adding 0 turns -0 into +0, which some sorts tell apart.
     clean = torch.where(valid & ~nan, scores.to(torch.float32) + 0.0, -torch.inf)
@@ -59,6 +57,16 @@ def key_tokens(scores: Tensor, valid: Tensor | None, fence: float, capacity: int
     taken = torch.arange(slots, device=scores.device) < count[:, None]
     index = torch.where(taken, order[:, :slots], tokens).sort(dim=1).values
     return torch.where(index == tokens, -1, index), count
+
+
+def check_scores(scores: Tensor, valid: Tensor | None) -> None:
+    """``InvalidValue`` for a NaN among the valid ``scores``, where values are checked."""
+    if not check_values(scores.device):
+        return
+    nan = scores.isnan() if valid is None else scores.isnan() & valid
+    if nan.any():
+        sample, token = nan.nonzero()[0].tolist()
+        raise InvalidValue(f"key_tokens: scores must not be NaN at valid tokens, got NaN at [{sample}, {token}]")
 
 
 def _quartile(ranked: Tensor, n: Tensor, quarters: int) -> Tensor:
@@ -87,12 +95,8 @@ def key_tokens_gather(x: Tensor, index: Tensor) -> Tensor:
     integers).
     """
     batch, tokens = x.shape[:2]
+    check_index(index, tokens)
     bad = (index < -1) | (index >= tokens)
-    if check_values(x.device) and bad.any():
-        sample, slot = bad.nonzero()[0].tolist()
-        raise InvalidValue(
-            f"gather_tokens: index must be in [-1, {tokens}), got {index[sample, slot].item()} at [{sample}, {slot}]"
-        )
     ones = (1,) * (x.dim() - 2)
     nothing = torch.zeros((), dtype=x.dtype, device=x.device)
     wrong = torch.full_like(nothing, torch.nan) if x.dtype.is_floating_point else nothing
@@ -103,6 +107,18 @@ def key_tokens_gather(x: Tensor, index: Tensor) -> Tensor:
     sample = torch.arange(batch, device=x.device)[:, None]
     rows = x[sample, torch.where(inside, index, 0)]  # [B, K, ...]
     return torch.where(inside.view(*index.shape, *ones), rows, blank).contiguous()
+
+
+def check_index(index: Tensor, tokens: int) -> None:
+    """``InvalidValue`` for an ``index`` outside [-1, tokens), where values are checked."""
+    if not check_values(index.device):
+        return
+    bad = (index < -1) | (index >= tokens)
+    if bad.any():
+        sample, slot = bad.nonzero()[0].tolist()
+        raise InvalidValue(
+            f"gather_tokens: index must be in [-1, {tokens}), got {index[sample, slot].item()} at [{sample}, {slot}]"
+        )
 
 
 @without_autocast

@@ -140,7 +140,7 @@ def random_mask(x: Tensor, seed: Tensor, kept: int, grid_width: int) -> tuple[Te
     index = _draw(seed, samples, units, kept, grid_width)
     tokens = x.new_empty((samples, kept, values))
     if tokens.numel():
-        source, target = _as_integers(x), _as_integers(tokens)
+        source, target = as_integers(x), as_integers(tokens)
         values, block = source.shape[2], _block(source.shape[2])
         grid = (samples * kept, triton.cdiv(values, block))
         _gather[grid](source, index, target, kept, values, *source.stride(), BLOCK=block)
@@ -174,7 +174,7 @@ def random_mask_backward(grad: Tensor, index: Tensor, units: int) -> Tensor:
     samples, kept, values = grad.shape
     out = grad.new_empty((samples, units, values))
     if out.numel():
-        source, target, index = _as_integers(grad), _as_integers(out), index.contiguous()
+        source, target, index = as_integers(grad), as_integers(out), index.contiguous()
         values, block = source.shape[2], _block(source.shape[2])
         grid = (samples * units, triton.cdiv(values, block))
         steps = kept.bit_length()
@@ -186,7 +186,7 @@ def _block(values: int) -> int:
     return min(BLOCK_VALUES, max(16, triton.next_power_of_2(values)))
 
 
-def _as_integers(x: Tensor) -> Tensor:
+def as_integers(x: Tensor) -> Tensor:
     """The same bytes as integers: the kernels move bits, whatever they mean."""
     sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     if x.dtype.itemsize in sizes:

@@ -38,7 +38,7 @@ from sparsify_kernels.testing.inputs import (
     relayout,
     score_inputs,
 )
-from sparsify_kernels.testing.memory import Guarded, guarded, peak_memory, poisoned_memory
+from sparsify_kernels.testing.memory import Guarded, guarded, guarded_memory, peak_memory, poisoned_memory
 from sparsify_kernels.testing.oracles import (
     attention_scores_oracle,
     gather_tokens_oracle,
@@ -74,6 +74,7 @@ __all__ = [
     "attention_scores_oracle",
     "gather_tokens_oracle",
     "guarded",
+    "guarded_memory",
     "key_tokens_oracle",
     "merge_inputs",
     "merge_keys",

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Guarded", "guarded", "peak_memory", "poisoned_memory"]
+__all__ = ["Guarded", "guarded", "guarded_memory", "peak_memory", "poisoned_memory"]
 
 T = TypeVar("T")
 
@@ -51,6 +51,29 @@ class Guarded(NamedTuple):
             intact = part.isnan().all() if isinstance(expected, float) else (part == expected).all()
             if not bool(intact):
                 raise AssertionError(f"something wrote {where} the tensor")
+
+
+@contextlib.contextmanager
+def guarded_memory() -> Iterator[None]:
+    """Inside, ``Tensor.new_empty`` puts sentinels on both sides of what it hands out, and fills it with them too; at
+    the end ``AssertionError`` if something wrote next to one: a kernel whose outputs were allocated in Python.
+    """
+    real, given = Tensor.new_empty, []
+
+    def new_empty(self: Tensor, *size: Any, **kwargs: Any) -> Tensor:
+        plain = real(self, *size, **kwargs)
+        if not plain.numel():
+            return plain
+        given.append(guarded(torch.full_like(plain, _sentinel(plain.dtype))))
+        return given[-1].tensor
+
+    Tensor.new_empty = new_empty  # type: ignore[assignment, method-assign]
+    try:
+        yield
+    finally:
+        Tensor.new_empty = real  # type: ignore[method-assign]
+    for guard in given:
+        guard.check()
 
 
 def peak_memory(function: Callable[[], T]) -> tuple[int, T]:

@@ -184,3 +184,21 @@ def test_inputs_between_sentinels_are_not_read_out_of_bounds() -> None:
     testing.assert_same(merge_tokens(**inside, keys=KeyTokens(index.tensor, count.tensor)), merge_tokens(**merge))
     for guard in (*guards.values(), index, count, scores):
         guard.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.int64])
+def test_guarded_memory_sees_writes_beside_an_output(dtype: torch.dtype) -> None:
+    x = torch.zeros(3, dtype=dtype)
+
+    def write(offset: int) -> None:
+        with testing.guarded_memory():
+            out = x.new_empty((2, 2))
+            assert x.new_empty(0).numel() == 0
+            out.as_strided((1,), (1,), out.storage_offset() + offset).fill_(1)
+
+    for inside in (0, 3):
+        write(inside)
+    for offset, where in ((-1, "before"), (4, "after")):
+        with pytest.raises(AssertionError, match=f"something wrote {where}"):
+            write(offset)
+    assert x.new_empty(4).storage_offset() == 0  # as before
