@@ -217,7 +217,9 @@ class Forward {
     const int64_t first = list_valid(in_.query_valid, b, begin, query_index_);
     const int64_t last = list_valid(in_.query_valid, b, end, query_index_);
     if (last - first < end - begin || key_count == 0) {
-      narrow_zeros(output + begin * in_.value_dim, (end - begin) * in_.value_dim);
+      if (in_.value_dim > 0) {
+        narrow_zeros(output + begin * in_.value_dim, (end - begin) * in_.value_dim);
+      }
       fill(lse + begin, end - begin, infinity);
     }
     keys_ = rounded_up(key_count, size_.lanes);
@@ -329,12 +331,20 @@ class Forward {
     }
   }
 
-  // Adds the probabilities of the tile to what each key received.
+  // Adds the probabilities of the tile to what each key received. A few at a time, then those sums, then tiles: added
+  // one after the other, equal probabilities would all be rounded the same way.
   void receive(int64_t rows) {
+    constexpr int64_t kFew = 8;
     for (int64_t j = 0; j < keys_; j += kChunk) {
       const int64_t columns = smaller(kChunk, keys_ - j);
-      multiply<A, false>(1, columns / size_.lanes, rows, inverse_, 0, logits_ + j * size_.tile, kChunk, received_ + j,
-                         0, Finish<A>{nullptr, A{1}});
+      A sum[kChunk] = {};
+      for (int64_t i = 0; i < rows; i += kFew) {
+        multiply<A, false>(1, columns / size_.lanes, smaller(kFew, rows - i), inverse_ + i, 0,
+                           logits_ + j * size_.tile + i * kChunk, kChunk, sum, 0, Finish<A>{nullptr, A{1}});
+      }
+      for (int64_t c = 0; c < columns; ++c) {
+        received_[j + c] += sum[c];
+      }
     }
   }
 
