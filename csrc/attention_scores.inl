@@ -217,9 +217,7 @@ class Forward {
     const int64_t first = list_valid(in_.query_valid, b, begin, query_index_);
     const int64_t last = list_valid(in_.query_valid, b, end, query_index_);
     if (last - first < end - begin || key_count == 0) {
-      if (in_.value_dim > 0) {
-        narrow_zeros(output + begin * in_.value_dim, (end - begin) * in_.value_dim);
-      }
+      narrow_zeros(output + begin * in_.value_dim, (end - begin) * in_.value_dim);
       fill(lse + begin, end - begin, infinity);
     }
     keys_ = rounded_up(key_count, size_.lanes);
@@ -357,7 +355,9 @@ class Forward {
 
   template <class T>
   static void narrow_zeros(T* to, int64_t count) {
-    __builtin_memset(static_cast<void*>(to), 0, static_cast<size_t>(count) * sizeof(T));
+    if (count > 0) {  // an empty tensor has no address
+      __builtin_memset(static_cast<void*>(to), 0, static_cast<size_t>(count) * sizeof(T));
+    }
   }
 
   const AttentionForward& args_;
