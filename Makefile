@@ -1,4 +1,4 @@
-# setup | demo | test | test-all | lint | bench | clean. Each works from a fresh clone: it makes .venv, installs what it needs and runs.
+# setup | demo | test | test-all | sanitize | lint | bench | clean. Each works from a fresh clone: it makes .venv, installs what it needs and runs.
 #
 #   PYTHON=python3.12 make test      another Python (3.10 or later); if it has torch >= 2.10, that torch is used as it is
 #   TORCH=torch==2.12.1 make setup   another torch, where the calling Python has none
@@ -20,7 +20,7 @@ DEMO_RUN ?= runs/demo
 # What two cores render in a minute or two. A clip costs the encoders the same however much is asked about it: ask much.
 DEMO_CLIPS ?= --train 3000 --questions 14 16 --eval-questions 8 9
 
-.PHONY: setup demo test test-all lint bench clean
+.PHONY: setup demo test test-all sanitize lint bench clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.avqa $(VENV)/.test $(VENV)/.bench $(VENV)/.dev
@@ -35,6 +35,9 @@ test: $(VENV)/.avqa $(VENV)/.test
 
 test-all: $(VENV)/.avqa $(VENV)/.test
 	$(BIN)/python -m pytest
+
+sanitize: $(VENV)/.avqa $(VENV)/.test
+	$(BIN)/python tests/sparsify_kernels/sanitize.py
 
 lint: $(VENV)/.avqa $(VENV)/.test $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,4 +1,7 @@
-"""random_mask on whole pixel blocks, B64 U64 P = 3*32*32, half kept: against memcpy of the bytes moved, and eager."""
+"""random_mask on whole pixel blocks, B64 U64 P = 3*32*32, half kept: against memcpy of the bytes moved, and eager.
+
+The op makes its result, so the copy to compare with is the one into fresh memory.
+"""
 
 from __future__ import annotations
 

@@ -181,6 +181,9 @@ int64_t work(const AttentionInputs& in) {
 // to [B, N] = the rows from [B, rows, N] added up in order, times a factor for each sample.
 template <class A, class Factor>
 void add_rows(const void* from, int64_t samples, int64_t rows, int64_t columns, void* to, const Factor& factor) {
+  if (columns == 0) {
+    return;
+  }
   torch::stable::parallel_for(0, samples, grain(rows * columns, kWorth), [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
       const A* row = static_cast<const A*>(from) + b * rows * columns;

@@ -329,12 +329,20 @@ class Forward {
     }
   }
 
-  // Adds the probabilities of the tile to what each key received.
+  // Adds the probabilities of the tile to what each key received. A few at a time, then those sums, then tiles: added
+  // one after the other, equal probabilities would all be rounded the same way.
   void receive(int64_t rows) {
+    constexpr int64_t kFew = 8;
     for (int64_t j = 0; j < keys_; j += kChunk) {
       const int64_t columns = smaller(kChunk, keys_ - j);
-      multiply<A, false>(1, columns / size_.lanes, rows, inverse_, 0, logits_ + j * size_.tile, kChunk, received_ + j,
-                         0, Finish<A>{nullptr, A{1}});
+      A sum[kChunk] = {};
+      for (int64_t i = 0; i < rows; i += kFew) {
+        multiply<A, false>(1, columns / size_.lanes, smaller(kFew, rows - i), inverse_ + i, 0,
+                           logits_ + j * size_.tile + i * kChunk, kChunk, sum, 0, Finish<A>{nullptr, A{1}});
+      }
+      for (int64_t c = 0; c < columns; ++c) {
+        received_[j + c] += sum[c];
+      }
     }
   }
 
@@ -347,7 +355,9 @@ class Forward {
 
   template <class T>
   static void narrow_zeros(T* to, int64_t count) {
-    __builtin_memset(static_cast<void*>(to), 0, static_cast<size_t>(count) * sizeof(T));
+    if (count > 0) {  // an empty tensor has no address
+      __builtin_memset(static_cast<void*>(to), 0, static_cast<size_t>(count) * sizeof(T));
+    }
   }
 
   const AttentionForward& args_;

@@ -2,6 +2,8 @@
 // N x K similarities are compared as they are computed and never stored. The definition is
 // sparsify_kernels/merge_tokens/reference.py.
 
+#include "merge_tokens.h"
+
 #include <algorithm>
 #include <cstdint>
 #include <memory>
@@ -22,40 +24,6 @@
 
 namespace sparsify {
 namespace {
-
-// Which of a sample's `keys` each of its `token`s is most similar to, by `metric` [N, dim].
-struct AssignJob {
-  Float dtype;
-  const void* metric;
-  int64_t row_stride, dim;
-  const int64_t* keys;
-  int64_t count;  // of keys
-  const int64_t* token;
-  int64_t tokens;   // how many to assign
-  int64_t tile;     // keys at a time, a multiple of a panel
-  int64_t* assign;  // [N]
-};
-
-// grad and mean [B, slots, dim], x [B, tokens, dim]; no grad, no grad_size, no weight: null. dx or dweight that nobody
-// wants: null. Without x there is no way from the mean to dweight, as the caller sees to.
-struct GradientJob {
-  Float dtype;
-  Rows grad, x, mean;
-  int64_t dim, tokens, slots;
-  const void* grad_size;
-  const void* weight;
-  const void* size;
-  const int64_t* assign;
-  void* dx;
-  void* dweight;
-};
-
-struct MergeKernels {
-  void (*assign)(const AssignJob&, void* keys, void* rows, float* best);
-  void (*gradients)(const GradientJob&, int64_t begin, int64_t end);
-  int64_t block;  // rows that are multiplied at a time
-  int64_t panel;  // by so many keys
-};
 
 namespace base {
 constexpr int kVectorBytes = 16, kBlock = 6;

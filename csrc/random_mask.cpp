@@ -20,21 +20,24 @@ struct MaskKernels {
 };
 
 namespace base {
+constexpr int kVectorBytes = 16;
 #include "random_mask.inl"
-}
+}  // namespace base
 
 #if defined(__x86_64__)
 #pragma GCC push_options
 #pragma GCC target("avx2,fma")
 namespace avx2 {
+constexpr int kVectorBytes = 32;
 #include "random_mask.inl"
-}
+}  // namespace avx2
 #pragma GCC pop_options
 #pragma GCC push_options
 #pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512")
 namespace avx512 {
+constexpr int kVectorBytes = 64;
 #include "random_mask.inl"
-}
+}  // namespace avx512
 #pragma GCC pop_options
 #endif
 
@@ -109,7 +112,7 @@ class Draw {
   // Samples begin..end of index [B, K].
   void operator()(int64_t begin, int64_t end, int64_t* index) const {
     const auto keys = std::make_unique<uint32_t[]>(static_cast<size_t>(units_));
-    const auto row = std::make_unique<int32_t[]>(static_cast<size_t>(units_));
+    const auto row = std::make_unique<int32_t[]>(static_cast<size_t>(units_) + 64);
     const auto found = std::make_unique<int64_t[]>(static_cast<size_t>(kept_) + 1);
     for (int64_t b = begin; b < end; ++b) {
       const uint64_t seed = static_cast<uint64_t>(seeds_[b * seed_stride_]);
@@ -152,6 +155,12 @@ class Copy {
   void operator()(int64_t begin, int64_t end, const int64_t* index) const {
     for (int64_t row = begin; row < end && row_bytes() > 0; ++row) {
       const char* unit = from_ + row / kept_ * sample_stride_ + index[row] * unit_stride_;
+      // The hardware cannot guess where the next unit begins; having begun to read it, it can go on.
+      const int64_t next = row + 1 < end ? row + 1 : row;
+      const char* ahead = from_ + next / kept_ * sample_stride_ + index[next] * unit_stride_;
+      for (int64_t line = 0; line < 1024 && line < row_bytes(); line += 64) {
+        __builtin_prefetch(ahead + line);
+      }
       copy_row(to_ + row * row_bytes(), unit, values_, value_stride_, bytes_);
     }
   }

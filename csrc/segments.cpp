@@ -43,6 +43,9 @@ auto pick_sum_rows() {
 }  // namespace
 
 void sum_segments(const SumJob& job, int64_t begin, int64_t end) {
+  if (job.values == 0) {
+    return;
+  }
   const auto scratch = std::make_unique<double[]>(static_cast<size_t>(job.values));
   pick_sum_rows()(job, begin, end, scratch.get());
 }

@@ -61,9 +61,9 @@ def source_hash(csrc: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def build(target: Path, work: Path | None = None) -> list[Path]:
+def build(target: Path, work: Path | None = None, extra: tuple[str, ...] = ()) -> list[Path]:
     """Compile into the folder ``target``, with ninja if there is one; ``work`` keeps the object files for the next
-    time.
+    time. ``extra`` are further flags for compiler and linker, which win over ours.
 
     Returns the files written. Raises ``BuildError``; what the compiler said has gone to stderr by then.
     """
@@ -72,9 +72,9 @@ def build(target: Path, work: Path | None = None) -> list[Path]:
     target.mkdir(parents=True, exist_ok=True)
     if work is None:
         with tempfile.TemporaryDirectory(prefix="sparsify-build-") as folder:
-            return _compile(compiler, modules, target, Path(folder))
+            return _compile(compiler, modules, target, Path(folder), extra)
     work.mkdir(parents=True, exist_ok=True)
-    return _compile(compiler, modules, target, work)
+    return _compile(compiler, modules, target, work, extra)
 
 
 def _compiler() -> list[str]:
@@ -115,7 +115,9 @@ def _modules() -> list[_Module]:
     return [*modules, _Module("_info", suffix, (csrc / "info.cpp",), flags, ())]
 
 
-def _compile(compiler: list[str], modules: list[_Module], target: Path, work: Path) -> list[Path]:
+def _compile(
+    compiler: list[str], modules: list[_Module], target: Path, work: Path, extra: tuple[str, ...]
+) -> list[Path]:
     """Run the compile and link commands; move the results into ``target`` once all are there."""
     link = ["-shared"] if sys.platform != "darwin" else ["-bundle", "-undefined", "dynamic_lookup"]
     steps: list[tuple[list[str], Path, list[Path]]] = []  # command, output, inputs
@@ -124,10 +126,11 @@ def _compile(compiler: list[str], modules: list[_Module], target: Path, work: Pa
         objects = []
         for source in module.sources:
             made = work / f"{module.name}.{source.stem}.o"
-            steps.append(([*compiler, *module.flags, "-c", str(source), "-o", str(made)], made, [source]))
+            steps.append(([*compiler, *module.flags, *extra, "-c", str(source), "-o", str(made)], made, [source]))
             objects.append(made)
         result = work / (module.name + module.suffix)
-        steps.append(([*compiler, *link, *map(str, objects), "-o", str(result), *module.libraries], result, objects))
+        command = [*compiler, *link, *extra, *map(str, objects), "-o", str(result), *module.libraries]
+        steps.append((command, result, objects))
         results.append(result)
     ninja = _ninja()
     if ninja is None:

@@ -53,17 +53,20 @@ from sparsify_kernels.testing.shapes import (
     KeyShape,
     MergeShape,
 )
+from sparsify_kernels.testing.traces import MEMORY_OPS, Traced, traced
 
 __all__ = [
     "ATTENTION_SHAPES",
     "KEY_SHAPES",
     "LAYOUTS",
+    "MEMORY_OPS",
     "MERGE_SHAPES",
     "SCORE_KINDS",
     "AttentionShape",
     "Guarded",
     "KeyShape",
     "MergeShape",
+    "Traced",
     "assert_accurate",
     "assert_alone",
     "assert_assignment",
@@ -84,4 +87,5 @@ __all__ = [
     "poisoned_memory",
     "relayout",
     "score_inputs",
+    "traced",
 ]

@@ -171,7 +171,14 @@ def test_triton_index_is_bit_identical() -> None:
 
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize(
-    ("units", "kept", "width"), [(4096, 5, 0), (4097, 2048, 0), (4096, 1024, 64), (4356, 3267, 66)]
+    ("units", "kept", "width"),
+    [
+        *((units, kept, 0) for units in (63, 64, 65, 127, 128, 129) for kept in (1, units // 2, units - 1, units)),
+        (4096, 5, 0),
+        (4097, 2048, 0),
+        (4096, 1024, 64),
+        (4356, 3267, 66),
+    ],
 )
 def test_many_units(backend: str, units: int, kept: int, width: int) -> None:
     x = torch.zeros(1, units, 0)

@@ -1,0 +1,109 @@
+"""Cases for attention_scores: PyTorch's accuracy, forward and backward."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from hypothesis import strategies as st
+
+from sparsify_kernels.testing.fuzz.parts import (
+    FLOATS,
+    VALID,
+    Kernels,
+    Sums,
+    draw,
+    draw_valid,
+    flags,
+    floats,
+    layouts,
+    lengths,
+    poison,
+    reference,
+    seeds,
+    wide,
+    widths,
+)
+from sparsify_kernels.testing.inputs import relayout
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """Plain values; the tensors follow from them."""
+
+    batch: int
+    heads: int
+    queries: int
+    keys: int
+    dim: int
+    value_dim: int
+    dtype: str
+    kind: str
+    bias: str
+    query_valid: str
+    key_valid: str
+    scale: float | None
+    layout: str
+    other_layout: str
+    wanted: tuple[bool, bool, bool, bool]
+    grads: tuple[bool, bool]
+    seed: int
+
+    @staticmethod
+    def strategy() -> st.SearchStrategy[Case]:
+        scale = st.one_of(st.none(), st.sampled_from([0.0, 1.0, -0.5]), st.floats(-2, 2))
+        return st.builds(
+            Case, st.integers(0, 3), st.integers(1, 3), lengths, lengths, widths,
+            st.one_of(st.just(0), widths), floats, st.sampled_from(["normal", "equal", "large", "zeros"]),
+            st.sampled_from(["none", "normal", "some unseen", "large", "huge"]), st.sampled_from(VALID),
+            st.sampled_from(VALID), scale, layouts, layouts, st.tuples(flags, flags, flags, flags),
+            st.tuples(flags, flags), seeds,
+        )  # fmt: skip
+
+    def sums(self, kernels: Kernels) -> Iterator[Sums]:
+        """Results, then gradients."""
+        g, dtype = torch.Generator().manual_seed(self.seed), FLOATS[self.dtype]
+        accumulation = torch.float64 if dtype == torch.float64 else torch.float32
+        q = draw((self.batch, self.heads, self.queries, self.dim), g, dtype)
+        k = draw((self.batch, self.heads, self.keys, self.dim), g, dtype)
+        v = draw((self.batch, self.heads, self.keys, self.value_dim), g, dtype) if self.value_dim else None
+        if self.kind == "equal":
+            k = k[:, :, :1].expand_as(k) if self.keys else k
+        q = q * {"large": 4.0, "zeros": -0.0}.get(self.kind, 1.0)
+        bias = None if self.bias == "none" else draw((self.batch, self.keys), g, accumulation)
+        if bias is not None and self.bias == "some unseen":
+            bias[torch.rand(bias.shape, generator=g) < 0.4] = -torch.inf
+        elif bias is not None:
+            bias = bias * {"large": 8.0, "huge": 50.0}.get(self.bias, 1.0)
+        queries = draw_valid(self.query_valid, (self.batch, self.queries), g)
+        there = draw_valid(self.key_valid, (self.batch, self.keys), g)
+        q = poison(q.transpose(1, 2), queries, g).transpose(1, 2)
+        k = poison(k.transpose(1, 2), there, g).transpose(1, 2)
+        v = None if v is None else poison(v.transpose(1, 2), there, g).transpose(1, 2)
+        bias = None if bias is None else poison(bias, there, g)
+        args: list[Any] = [q, k, v, bias, queries, there]
+        names = (self.layout, self.other_layout, self.layout, self.layout, self.other_layout, self.layout)
+        ours_args = [None if a is None else relayout(a, n) for a, n in zip(args, names, strict=True)]
+        scale = None if self.scale is None else self.scale * self.dim**-0.5
+        ours = kernels("attention_scores", *ours_args, scale)
+        plain = reference("attention_scores", *args, scale)
+        truth = reference("attention_scores", *wide(args), scale)
+        for name, o, p, t in zip(("received", "output", "lse"), ours, plain, truth, strict=True):
+            yield Sums(name, o, p, t)
+
+        if (
+            self.bias == "huge"
+        ):  # a kernel has its probabilities from exp(logit - lse), and lse is as coarse as it is large
+            return
+        slopes = [draw(t.shape, g, t.dtype) if on else None for t, on in zip(plain, self.grads, strict=False)]
+        slopes[1] = None if v is None else slopes[1]
+        wanted = list(self.wanted)
+        wanted[2], wanted[3] = wanted[2] and v is not None, wanted[3] and bias is not None
+        ours_slopes = [None if s is None else relayout(s, self.other_layout) for s in slopes]
+        back = kernels("attention_scores_backward", *ours_slopes, *ours_args, *ours[1:], scale, wanted)
+        near = reference("attention_scores_backward", *slopes, *args, *plain[1:], scale, wanted)
+        exact = reference("attention_scores_backward", *wide(slopes), *wide(args), *truth[1:], scale, wanted)
+        for name, o, p, t in zip(("dq", "dk", "dv", "dkey_bias"), back, near, exact, strict=True):
+            yield Sums(name, o, p, t)

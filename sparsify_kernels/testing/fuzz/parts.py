@@ -1,0 +1,133 @@
+"""What the cases of all ops share: the kernels under test, inputs that are hard on them, and what counts as equal."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from sparsify_kernels import _registry
+from sparsify_kernels.testing.asserts import assert_accurate, assert_same
+from sparsify_kernels.testing.inputs import LAYOUTS, relayout
+from sparsify_kernels.testing.memory import poisoned_memory
+
+FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
+
+VALID = ("none", "all", "most", "few", "one empty sample", "nothing")
+
+batches = st.integers(0, 4)
+# Small numbers, and the sizes around vectors, blocks, chunks and tiles.
+lengths = st.one_of(st.integers(0, 20), st.integers(0, 140), st.sampled_from([15, 16, 17, 31, 32, 33, 47, 48, 49, 63]))
+widths = st.one_of(st.integers(1, 20), st.sampled_from([31, 32, 33, 63, 64, 65, 100, 128, 129]))
+floats = st.sampled_from(sorted(FLOATS))
+layouts = st.sampled_from(LAYOUTS)
+seeds = st.integers(0, 2**31 - 1)
+flags = st.booleans()
+
+
+class Kernels:
+    """The kernels of one backend: called by name with CPU tensors, on memory full of NaN."""
+
+    def __init__(self, backend: str) -> None:
+        self.backend = backend
+        self.device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+
+    def __call__(self, kernel: str, *args: Any) -> Any:
+        moved = (a.to(self.device) if isinstance(a, Tensor) else a for a in args)
+        with poisoned_memory():
+            result = _registry.implementations(kernel)[self.backend](*moved)
+        return result.cpu() if isinstance(result, Tensor) else tuple(t.cpu() for t in result)
+
+
+def reference(kernel: str, *args: Any) -> Any:
+    """What the definition gives."""
+    return _registry.implementations(kernel)["reference"](*args)
+
+
+def draw(shape: tuple[int, ...], g: torch.Generator, dtype: torch.dtype) -> Tensor:
+    return torch.randn(shape, generator=g, dtype=torch.float64).to(dtype)
+
+
+def wide(values: Any) -> list[Any]:
+    return [v.double() if isinstance(v, Tensor) and v.is_floating_point() else v for v in values]
+
+
+def draw_valid(kind: str, shape: tuple[int, int], g: torch.Generator) -> Tensor | None:
+    if kind == "none":
+        return None
+    share = {"all": 1.0, "most": 0.8, "few": 0.1, "one empty sample": 0.6, "nothing": 0.0}[kind]
+    valid = torch.rand(shape, generator=g) < share
+    if kind == "one empty sample":
+        valid[:1] = False
+    return valid
+
+
+def poison(x: Tensor, valid: Tensor | None, g: torch.Generator) -> Tensor:
+    """``x`` [B, N, ...] with NaN, infinities and huge numbers where it is invalid."""
+    if valid is None:
+        return x
+    bad = torch.tensor([torch.nan, torch.inf, -torch.inf, torch.finfo(x.dtype).max], dtype=x.dtype)
+    junk = bad[torch.randint(0, len(bad), x.shape, generator=g)]
+    return torch.where(valid.view(*valid.shape, *[1] * (x.dim() - 2)), x, junk)
+
+
+def payload(shape: tuple[int, ...], dtype: torch.dtype, g: torch.Generator) -> Tensor:
+    """Arbitrary bits, NaN among them."""
+    x = torch.empty(shape, dtype=dtype)
+    if x.numel():
+        x.view(torch.uint8).random_(0, 2 if dtype == torch.bool else 256, generator=g)
+    return x
+
+
+def placed(x: Tensor, layout: str) -> Tensor:
+    """``relayout`` of the bits: it is not made for every dtype."""
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(x.dtype.itemsize, x.dtype)
+    return relayout(x.view(integers), layout).view(x.dtype)
+
+
+def assert_same_bits(ours: Tensor, expected: Tensor, what: str) -> None:
+    assert ours.dtype == expected.dtype, what
+    assert ours.shape == expected.shape, what
+    if expected.numel():
+        assert torch.equal(ours.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8)), what
+
+
+class Sums(NamedTuple):
+    """A result that may err: ours, the reference's at the dtype of the inputs, and the reference's in fp64."""
+
+    what: str
+    ours: Tensor
+    plain: Tensor
+    truth: Tensor
+
+
+def check(case: Any, kernels: Kernels) -> None:
+    """Raise ``AssertionError`` unless the kernels give what the reference gives.
+
+    A largest error is as random as the numbers: of a few small sums, PyTorch's may happen to be next to nothing. So
+    sums that err too much are drawn anew a few times, and judged together by the same rule.
+    """
+    sums = list(case.sums(kernels))
+    try:
+        for each in sums:
+            _judge(each)
+    except AssertionError:
+        again = [list(dataclasses.replace(case, seed=case.seed + n).sums(kernels)) for n in range(1, 8)]
+        for several in zip(sums, *again, strict=True):
+            joined = (torch.cat([t.flatten() for t in tensors]) for tensors in list(zip(*several, strict=True))[1:])
+            _judge(Sums(several[0].what, *joined))
+
+
+def _judge(sums: Sums) -> None:
+    """NaN and infinities where the reference has them, and its accuracy elsewhere."""
+    what, ours, plain, truth = sums
+    finite = plain.isfinite() & truth.isfinite()
+    assert_same(ours.masked_fill(finite, 0), plain.masked_fill(finite, 0), what)
+    ours, plain, truth = (t.masked_fill(~finite, 0) for t in (ours, plain, truth))
+    if ours.dtype == torch.float64:  # there is no finer truth
+        torch.testing.assert_close(ours, plain, msg=lambda text: f"{what}: {text}")
+    else:
+        assert_accurate(ours, eager=plain, truth=truth, what=what)
