@@ -52,13 +52,16 @@ clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks .hypothesis
 	rm -f sparsify_kernels/*.so sparsify_kernels/_why_pure.txt
 
-# The environment: its own torch, or the calling Python's, which the constraints then keep.
+# The environment: its own torch, or the calling Python's, which the constraints then keep. Where that Python is a venv
+# itself, "system" would be the Python below it: its packages are named in a .pth file.
 $(VENV)/.torch:
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.10 is needed, this is " + sys.version.split()[0] if sys.version_info < (3, 10) else 0)'
 	rm -rf $(VENV)
 	@if $(PYTHON) -c 'import torch; assert tuple(map(int, torch.__version__.split(".")[:2])) >= (2, 10)' 2>/dev/null; then \
 	    echo "using the torch of $(PYTHON)"; \
 	    $(PYTHON) -m venv --system-site-packages $(VENV) && \
+	    $(PYTHON) -c 'import sys; sys.prefix == sys.base_prefix or print(*(p for p in sys.path if p.endswith("-packages")), sep="\n")' \
+	        > $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/of_the_calling_venv.pth && \
 	    $(BIN)/python -c 'import torch; print("torch==" + torch.__version__)' > $(VENV)/constraints.txt && \
 	    $(PIP) $(BUILD_TOOLS); \
 	else \
