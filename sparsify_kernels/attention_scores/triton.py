@@ -1,7 +1,7 @@
 """attention_scores in Triton: which kernels run, on what grid, in what tiles.
 
-Widths up to 256 (d and dv) in fp32, bf16 and fp16; anything else goes to the reference, fp64 too. Nothing of size M x
-N is ever stored. Deterministic: no atomics, and every sum is in an order that follows from the shape of one sample.
+Widths (d and dv) up to 256 in fp32, bf16 and fp16; anything else goes to the reference, fp64 too. Nothing of size
+M x N is ever stored. Deterministic: no atomics, and the order of every sum follows from the shape of one sample.
 """
 
 from __future__ import annotations
@@ -13,15 +13,18 @@ import triton
 from torch import Tensor
 
 from sparsify_kernels.attention_scores import reference
-from sparsify_kernels.attention_scores.forward_triton import attend, attend_once, over_heads, receive
-from sparsify_kernels.attention_scores.tiles_triton import INTERPRETED, LOG2E
+from sparsify_kernels.attention_scores.backward_triton import grad_keys, grad_queries, row_sums
+from sparsify_kernels.attention_scores.forward_triton import attend, attend_once, receive
+from sparsify_kernels.attention_scores.tiles_triton import INTERPRETED, LOG2E, over_heads, prepare
 
 __all__ = ["TARGETS", "attention_scores", "attention_scores_backward"]
 
 WIDEST = 256  # d and dv; beyond, the reference
 ONE_PASS = 64  # queries that one program takes whole
+PAD = 128  # the tables of keys are filled up to a multiple: no tile is wider
+OVER_HEADS = {"BH": 16, "BLOCK": PAD}
 
-# Products of fp32 without its last bits would not be fp32: AMD has them, NVIDIA makes them of three of tf32.
+# Products of fp32 without its last bits would not be fp32: AMD multiplies it whole, NVIDIA as three products of tf32.
 PRECISION = {"cuda": "tf32x3", "hip": "ieee"}
 
 
@@ -34,33 +37,57 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-# By width (64, 128, 256) and bytes of an element.
-ATTEND = {
-    (64, 2): Tiles(128, 64, 4, 3),
-    (128, 2): Tiles(128, 64, 8, 2),
-    (256, 2): Tiles(64, 32, 8, 2),
-    (64, 4): Tiles(64, 32, 4, 2),
-    (128, 4): Tiles(64, 32, 8, 2),
-    (256, 4): Tiles(32, 16, 8, 1),
+# By kernel: by width, bytes of an element. Of queries that are one tile, BM is the most.
+TILES: dict[Any, dict[tuple[int, int], Tiles]] = {
+    attend: {
+        (64, 2): Tiles(128, 64, 4, 3),
+        (128, 2): Tiles(128, 64, 8, 2),
+        (256, 2): Tiles(64, 32, 8, 2),
+        (64, 4): Tiles(64, 32, 4, 2),
+        (128, 4): Tiles(64, 32, 8, 2),
+        (256, 4): Tiles(32, 16, 8, 1),
+    },
+    receive: {
+        (64, 2): Tiles(64, 128, 4, 3),
+        (128, 2): Tiles(64, 128, 8, 2),
+        (256, 2): Tiles(32, 64, 8, 2),
+        (64, 4): Tiles(32, 64, 4, 2),
+        (128, 4): Tiles(32, 64, 8, 2),
+        (256, 4): Tiles(16, 32, 8, 1),
+    },
+    attend_once: {
+        (64, 2): Tiles(64, 64, 4, 3),
+        (128, 2): Tiles(64, 64, 4, 2),
+        (256, 2): Tiles(64, 32, 8, 2),
+        (64, 4): Tiles(64, 32, 4, 2),
+        (128, 4): Tiles(64, 32, 8, 2),
+        (256, 4): Tiles(64, 16, 8, 1),
+    },
+    row_sums: {
+        (64, 2): Tiles(64, 64, 4, 2),
+        (128, 2): Tiles(64, 64, 4, 2),
+        (256, 2): Tiles(32, 32, 8, 2),
+        (64, 4): Tiles(32, 32, 4, 2),
+        (128, 4): Tiles(32, 32, 8, 2),
+        (256, 4): Tiles(16, 16, 8, 1),
+    },
+    grad_keys: {
+        (64, 2): Tiles(64, 64, 4, 2),
+        (128, 2): Tiles(32, 64, 4, 2),
+        (256, 2): Tiles(32, 32, 8, 1),
+        (64, 4): Tiles(32, 32, 4, 1),
+        (128, 4): Tiles(32, 32, 8, 1),
+        (256, 4): Tiles(16, 16, 8, 1),
+    },
+    grad_queries: {
+        (64, 2): Tiles(64, 64, 4, 2),
+        (128, 2): Tiles(64, 32, 4, 2),
+        (256, 2): Tiles(32, 32, 8, 1),
+        (64, 4): Tiles(32, 32, 4, 1),
+        (128, 4): Tiles(32, 32, 8, 1),
+        (256, 4): Tiles(16, 16, 8, 1),
+    },
 }
-RECEIVE = {
-    (64, 2): Tiles(64, 128, 4, 3),
-    (128, 2): Tiles(64, 128, 8, 2),
-    (256, 2): Tiles(32, 64, 8, 2),
-    (64, 4): Tiles(32, 64, 4, 2),
-    (128, 4): Tiles(32, 64, 8, 2),
-    (256, 4): Tiles(16, 32, 8, 1),
-}
-# One tile of queries: BM is the most.
-ATTEND_ONCE = {
-    (64, 2): Tiles(64, 64, 4, 3),
-    (128, 2): Tiles(64, 64, 4, 2),
-    (256, 2): Tiles(64, 32, 8, 2),
-    (64, 4): Tiles(64, 32, 4, 2),
-    (128, 4): Tiles(64, 32, 8, 2),
-    (256, 4): Tiles(64, 16, 8, 1),
-}
-OVER_HEADS = {"BH": 16, "BLOCK": 128}
 
 
 def attention_scores(
@@ -75,52 +102,149 @@ def attention_scores(
     """The op on CUDA tensors (CPU tensors under the interpreter); arguments as ``reference.attention_scores``."""
     if not _served(q, v):
         return reference.attention_scores(q, k, v, key_bias, query_valid, key_valid, scale)
-    batch, heads, queries, dim = q.shape
-    keys, value_dim = k.shape[2], 0 if v is None else v.shape[3]
-    received = q.new_empty((batch, keys), dtype=torch.float32)
-    output = q.new_empty((batch, heads, queries, value_dim))
+    call = _Call(q, k, v, key_bias, query_valid, key_valid, scale)
+    batch, heads, queries, _ = q.shape
+    received = q.new_empty((batch, call.keys), dtype=torch.float32)
+    output = q.new_empty((batch, heads, queries, call.value_dim))
     lse = q.new_empty((batch, heads, queries), dtype=torch.float32)
-    part = q.new_empty((batch, heads, keys), dtype=torch.float32)
     if not batch:
         return received, output, lse
-    values = v if value_dim else None
-    factor = (dim**-0.5 if scale is None else scale) * LOG2E.value
-    tables = (key_bias, query_valid, key_valid)
-    sizes = (heads, queries, keys, dim, value_dim, factor)
-    strides = (*_strides(q, 4), *_strides(k, 4), *_strides(values, 4), *(s for t in tables for s in _strides(t, 2)))
-    width = _width(dim, value_dim)
-    widths = {"BD": _block(dim), "BDV": _block(value_dim), "EVEN_D": _block(dim) == dim}
-    widths |= {"EVEN_DV": _block(value_dim) == value_dim, "PRECISION": _precision()}
+    part = q.new_empty((batch, heads, call.keys), dtype=torch.float32)
+    term, _ = call.prepare(None)
+    inputs = (q, k, call.values, term, query_valid, output, lse)
+    numbers = (*call.sizes, call.factor, *call.strides, *_strides(query_valid, 2))
     if queries <= ONE_PASS:
-        tiles = _tiles(ATTEND_ONCE, width, q)
-        tiles["BM"] = min(ONE_PASS, _block(queries))
-        tiles |= {"ONE_TILE": keys <= tiles["BN"], "EVEN_N": keys % tiles["BN"] == 0}
-        attend_once[(batch * heads,)](q, k, values, *tables, output, lse, part, *sizes, *strides, **tiles, **widths)
+        tiles = call.rows(attend_once) | {"BM": min(ONE_PASS, _block(queries))}
+        tiles["ONE_TILE"] = call.keys <= tiles["BN"]
+        attend_once[(batch * heads,)](*inputs, part, *numbers, **tiles)
     else:
-        tiles = _tiles(ATTEND, width, q)
-        tiles["EVEN_N"] = keys % tiles["BN"] == 0
-        grid = (batch * heads * triton.cdiv(queries, tiles["BM"]),)
-        attend[grid](q, k, values, *tables, output, lse, *sizes, *strides, **tiles, **widths)
-    if not keys:
+        tiles = call.rows(attend)
+        attend[call.grid(queries, tiles["BM"])](*inputs, *numbers, **tiles)
+    if not call.keys:
         return received, output, lse
     if queries > ONE_PASS:
-        tiles = _tiles(RECEIVE, _width(dim, 0), q)
-        tiles["EVEN_M"] = queries % tiles["BM"] == 0
-        grid = (batch * heads * triton.cdiv(keys, tiles["BN"]),)
-        narrow = {n: widths[n] for n in ("BD", "EVEN_D", "PRECISION")}
-        receive[grid](
-            q, k, *tables, lse, part, heads, queries, keys, dim, factor,
-            *strides[:8], *_strides(key_bias, 2), *_strides(key_valid, 2), **tiles, **narrow,
-        )  # fmt: skip
-    grid = (batch * triton.cdiv(keys, OVER_HEADS["BLOCK"]),)
-    over_heads[grid](
-        part, query_valid, received, heads, queries, keys, *_strides(query_valid, 2), MEAN=True, **OVER_HEADS
-    )
+        tiles = call.columns(receive)
+        numbers = (*call.sizes, call.factor, *q.stride(), *k.stride())
+        receive[call.grid(call.keys, tiles["BN"])](q, k, term, lse, part, *numbers, **tiles)
+    call.over_heads(part, received, mean=True)
     return received, output, lse
 
 
-def attention_scores_backward(*args: Any) -> Any:
-    return reference.attention_scores_backward(*args)
+def attention_scores_backward(
+    grad_received: Tensor | None,
+    grad_output: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor | None,
+    key_bias: Tensor | None,
+    query_valid: Tensor | None,
+    key_valid: Tensor | None,
+    output: Tensor,
+    lse: Tensor,
+    scale: float | None,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The backward on CUDA tensors (CPU tensors under the interpreter); arguments as in the reference."""
+    inputs = (q, k, v, key_bias, query_valid, key_valid)
+    if not _served(q, v):
+        return reference.attention_scores_backward(grad_received, grad_output, *inputs, output, lse, scale, wanted)
+    call = _Call(*inputs, scale)
+    dq = q.new_empty(q.shape if wanted[0] else (0,))
+    dk = k.new_empty(k.shape if wanted[1] else (0,))
+    dv = v.new_empty(v.shape) if wanted[2] and v is not None else q.new_empty((0,))
+    dbias = lse.new_empty((call.batch, call.keys) if wanted[3] else (0,))
+    asked = [x if x.numel() else None for x in (dq, dk, dv, dbias)]
+    if asked == [None] * 4:
+        return dq, dk, dv, dbias
+    part = None if asked[3] is None else lse.new_empty((call.batch, call.heads, call.keys))
+    sums = None if asked[0] is asked[1] is asked[3] is None else lse.new_empty(lse.shape)
+    term, gain = call.prepare(None if sums is None else grad_received)
+    grad = None if call.values is None else grad_output
+    output, lse = output.contiguous(), lse.contiguous()  # as the forward left them
+    strides = _strides(grad, 4)
+    if sums is not None and call.queries:
+        tiles = call.rows(row_sums)
+        numbers = (*call.sizes, call.factor, *q.stride(), *k.stride(), *strides)
+        row_sums[call.grid(call.queries, tiles["BM"])](q, k, term, gain, grad, output, lse, sums, *numbers, **tiles)
+    inputs = (q, k, call.values, term, gain, grad, lse, sums)
+    numbers = (*call.sizes, call.factor, call.scale, *call.strides, *strides)
+    if asked[1:] != [None] * 3:
+        tiles = call.columns(grad_keys)
+        grad_keys[call.grid(call.keys, tiles["BN"])](*inputs, asked[1], asked[2], part, *numbers, **tiles)
+    if asked[0] is not None:
+        tiles = call.rows(grad_queries)
+        grad_queries[call.grid(call.queries, tiles["BM"])](*inputs, dq, *numbers, **tiles)
+    if part is not None:
+        call.over_heads(part, dbias, mean=False)
+    return dq, dk, dv, dbias
+
+
+class _Call:
+    """What the launches of one call share: sizes, strides, tables of keys, tiles."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor | None,
+        key_bias: Tensor | None,
+        query_valid: Tensor | None,
+        key_valid: Tensor | None,
+        scale: float | None,
+    ) -> None:
+        self.q = q
+        self.batch, self.heads, self.queries, self.dim = q.shape
+        self.keys, self.value_dim = k.shape[2], 0 if v is None else v.shape[3]
+        self.values = v if self.value_dim else None
+        self.key_bias, self.query_valid, self.key_valid = key_bias, query_valid, key_valid
+        self.scale = self.dim**-0.5 if scale is None else scale
+        self.factor = self.scale * LOG2E.value
+        self.padded = triton.cdiv(self.keys, PAD) * PAD
+        self.sizes = (self.heads, self.queries, self.keys, self.dim, self.value_dim, self.padded)
+        self.strides = (*q.stride(), *k.stride(), *_strides(self.values, 4))
+
+    def prepare(self, grad_received: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The tables ``term`` and ``gain``, None where every key would have 0."""
+        tables = (self.key_bias, self.query_valid, self.key_valid, grad_received)
+        term = gain = None
+        if self.key_bias is not None or self.key_valid is not None:
+            term = self.q.new_empty((self.batch, self.padded), dtype=torch.float32)
+        if grad_received is not None:
+            gain = self.q.new_empty((self.batch, self.padded), dtype=torch.float32)
+        if self.keys and (term is not None or gain is not None):
+            numbers = (self.heads, self.queries, self.keys, self.padded, *(s for t in tables for s in _strides(t, 2)))
+            prepare[(self.batch * self.padded // PAD,)](*tables, term, gain, *numbers, BLOCK=PAD)
+        return term, gain
+
+    def over_heads(self, part: Tensor, out: Tensor, *, mean: bool) -> None:
+        """``part`` [B, H, N] added up over the heads, into ``out`` [B, N]."""
+        numbers = (self.heads, self.queries, self.keys, *_strides(self.query_valid, 2))
+        grid = (self.batch * triton.cdiv(self.keys, OVER_HEADS["BLOCK"]),)
+        over_heads[grid](part, self.query_valid, out, *numbers, MEAN=mean, **OVER_HEADS)
+
+    def grid(self, length: int, tile: int) -> tuple[int]:
+        """One program for each tile of each head."""
+        return (self.batch * self.heads * triton.cdiv(length, tile),)
+
+    def rows(self, kernel: Any) -> dict[str, Any]:
+        """The launch of a kernel that goes over the keys."""
+        tiles = self._tiles(kernel)
+        return tiles | {"EVEN_N": self.keys % tiles["BN"] == 0}
+
+    def columns(self, kernel: Any) -> dict[str, Any]:
+        """The launch of a kernel that goes over the queries."""
+        tiles = self._tiles(kernel)
+        return tiles | {"EVEN_M": self.queries % tiles["BM"] == 0, "HAS_QUERY_VALID": self.query_valid is not None}
+
+    def _tiles(self, kernel: Any) -> dict[str, Any]:
+        widths = [self.dim, self.value_dim]
+        blocks = [_block(w) for w in widths]
+        tiles = TILES[kernel][max(64, *blocks), self.q.element_size()]
+        if INTERPRETED:  # small ones, so that small tests see several
+            tiles = tiles._replace(BM=min(tiles.BM, 32), BN=16)
+        even = {"EVEN_D": blocks[0] == widths[0], "EVEN_DV": blocks[1] == widths[1]}
+        precision = "ieee" if INTERPRETED else PRECISION["hip" if torch.version.hip else "cuda"]
+        return tiles._asdict() | {"BD": blocks[0], "BDV": blocks[1], "PRECISION": precision} | even
 
 
 def _served(q: Tensor, v: Tensor | None) -> bool:
@@ -135,22 +259,6 @@ def _strides(x: Tensor | None, axes: int) -> tuple[int, ...]:
 def _block(size: int) -> int:
     """What ``size`` is filled up to: matrix units take no less than 16."""
     return max(16, triton.next_power_of_2(size))
-
-
-def _width(dim: int, value_dim: int) -> int:
-    """The row of a table of tiles that the widths belong to."""
-    return max(64, _block(dim), _block(value_dim))
-
-
-def _tiles(table: dict[tuple[int, int], Tiles], width: int, q: Tensor) -> dict[str, Any]:
-    tiles = table[width, q.element_size()]
-    if INTERPRETED:  # small ones, so that small tests see several
-        tiles = tiles._replace(BM=min(tiles.BM, 32), BN=16)
-    return tiles._asdict()
-
-
-def _precision() -> str:
-    return "ieee" if INTERPRETED else PRECISION["hip" if torch.version.hip else "cuda"]
 
 
 TARGETS: list[tuple[Any, str, dict[str, Any], int]] = []
