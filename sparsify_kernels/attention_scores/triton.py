@@ -1,6 +1,6 @@
 """attention_scores in Triton: which kernels run, on what grid, in what tiles.
 
-Widths (d and dv) up to 256 in fp32, bf16 and fp16; anything else goes to the reference, fp64 too. Nothing of size
+Widths (d and dv) up to 128 in fp32, bf16 and fp16; anything else goes to the reference, fp64 too. Nothing of size
 M x N is ever stored. Deterministic: no atomics, and the order of every sum follows from the shape of one sample.
 """
 
@@ -19,8 +19,7 @@ from sparsify_kernels.attention_scores.tiles_triton import INTERPRETED, LOG2E, o
 
 __all__ = ["TARGETS", "attention_scores", "attention_scores_backward"]
 
-WIDEST = 256  # d and dv; beyond, the reference
-ONE_PASS = 64  # queries that one program takes whole
+WIDEST = 128  # d and dv; beyond, the reference
 PAD = 128  # the tables of keys are filled up to a multiple: no tile is wider
 OVER_HEADS = {"BH": 16, "BLOCK": PAD}
 
@@ -37,57 +36,48 @@ class Tiles(NamedTuple):
     num_stages: int
 
 
-# By kernel: by width, bytes of an element. Of queries that are one tile, BM is the most.
+# By kernel: by width (64: up to 64, 128), bytes of an element. The largest that take no more registers than there are
+# on any of the GPUs that the tests compile for. BM of ``attend_once`` is the most queries that it takes.
 TILES: dict[Any, dict[tuple[int, int], Tiles]] = {
     attend: {
-        (64, 2): Tiles(128, 64, 4, 3),
+        (64, 2): Tiles(128, 64, 8, 3),
         (128, 2): Tiles(128, 64, 8, 2),
-        (256, 2): Tiles(64, 32, 8, 2),
+        (64, 4): Tiles(32, 32, 8, 2),
+        (128, 4): Tiles(32, 32, 8, 2),
+    },
+    attend_once: {
+        (64, 2): Tiles(64, 64, 4, 3),
+        (128, 2): Tiles(64, 32, 4, 3),
         (64, 4): Tiles(64, 32, 4, 2),
-        (128, 4): Tiles(64, 32, 8, 2),
-        (256, 4): Tiles(32, 16, 8, 1),
+        (128, 4): Tiles(16, 32, 4, 2),
     },
     receive: {
         (64, 2): Tiles(64, 128, 4, 3),
         (128, 2): Tiles(64, 128, 8, 2),
-        (256, 2): Tiles(32, 64, 8, 2),
         (64, 4): Tiles(32, 64, 4, 2),
-        (128, 4): Tiles(32, 64, 8, 2),
-        (256, 4): Tiles(16, 32, 8, 1),
-    },
-    attend_once: {
-        (64, 2): Tiles(64, 64, 4, 3),
-        (128, 2): Tiles(64, 64, 4, 2),
-        (256, 2): Tiles(64, 32, 8, 2),
-        (64, 4): Tiles(64, 32, 4, 2),
-        (128, 4): Tiles(64, 32, 8, 2),
-        (256, 4): Tiles(64, 16, 8, 1),
+        (128, 4): Tiles(16, 64, 8, 2),
     },
     row_sums: {
         (64, 2): Tiles(64, 64, 4, 2),
-        (128, 2): Tiles(64, 64, 4, 2),
-        (256, 2): Tiles(32, 32, 8, 2),
+        (128, 2): Tiles(64, 64, 8, 2),
         (64, 4): Tiles(32, 32, 4, 2),
-        (128, 4): Tiles(32, 32, 8, 2),
-        (256, 4): Tiles(16, 16, 8, 1),
+        (128, 4): Tiles(32, 16, 4, 2),
     },
     grad_keys: {
         (64, 2): Tiles(64, 64, 4, 2),
-        (128, 2): Tiles(32, 64, 4, 2),
-        (256, 2): Tiles(32, 32, 8, 1),
-        (64, 4): Tiles(32, 32, 4, 1),
-        (128, 4): Tiles(32, 32, 8, 1),
-        (256, 4): Tiles(16, 16, 8, 1),
+        (128, 2): Tiles(32, 32, 4, 2),
+        (64, 4): Tiles(32, 32, 8, 1),
+        (128, 4): Tiles(16, 16, 8, 1),
     },
     grad_queries: {
         (64, 2): Tiles(64, 64, 4, 2),
         (128, 2): Tiles(64, 32, 4, 2),
-        (256, 2): Tiles(32, 32, 8, 1),
-        (64, 4): Tiles(32, 32, 4, 1),
-        (128, 4): Tiles(32, 32, 8, 1),
-        (256, 4): Tiles(16, 16, 8, 1),
+        (64, 4): Tiles(32, 32, 8, 1),
+        (128, 4): Tiles(16, 16, 8, 1),
     },
 }
+# With bias or validity there is more to hold.
+TILES_WITH_TERMS = {(attend, 128, 2): Tiles(64, 64, 8, 2)}
 
 
 def attention_scores(
@@ -113,16 +103,17 @@ def attention_scores(
     term, _ = call.prepare(None)
     inputs = (q, k, call.values, term, query_valid, output, lse)
     numbers = (*call.sizes, call.factor, *call.strides, *_strides(query_valid, 2))
-    if queries <= ONE_PASS:
-        tiles = call.rows(attend_once) | {"BM": min(ONE_PASS, _block(queries))}
-        tiles["ONE_TILE"] = call.keys <= tiles["BN"]
+    one_pass = queries <= call.tiles(attend_once).BM
+    if one_pass:
+        tiles = call.rows(attend_once)
+        tiles |= {"BM": _block(queries), "ONE_TILE": call.keys <= tiles["BN"]}
         attend_once[(batch * heads,)](*inputs, part, *numbers, **tiles)
     else:
         tiles = call.rows(attend)
         attend[call.grid(queries, tiles["BM"])](*inputs, *numbers, **tiles)
     if not call.keys:
         return received, output, lse
-    if queries > ONE_PASS:
+    if not one_pass:
         tiles = call.columns(receive)
         numbers = (*call.sizes, call.factor, *q.stride(), *k.stride())
         receive[call.grid(call.keys, tiles["BN"])](q, k, term, lse, part, *numbers, **tiles)
@@ -228,23 +219,28 @@ class _Call:
 
     def rows(self, kernel: Any) -> dict[str, Any]:
         """The launch of a kernel that goes over the keys."""
-        tiles = self._tiles(kernel)
+        tiles = self._launch(kernel)
         return tiles | {"EVEN_N": self.keys % tiles["BN"] == 0}
 
     def columns(self, kernel: Any) -> dict[str, Any]:
         """The launch of a kernel that goes over the queries."""
-        tiles = self._tiles(kernel)
+        tiles = self._launch(kernel)
         return tiles | {"EVEN_M": self.queries % tiles["BM"] == 0, "HAS_QUERY_VALID": self.query_valid is not None}
 
-    def _tiles(self, kernel: Any) -> dict[str, Any]:
-        widths = [self.dim, self.value_dim]
-        blocks = [_block(w) for w in widths]
-        tiles = TILES[kernel][max(64, *blocks), self.q.element_size()]
+    def tiles(self, kernel: Any) -> Tiles:
+        key = (max(64, _block(self.dim), _block(self.value_dim)), self.q.element_size())
+        with_terms = self.key_bias is not None or self.key_valid is not None
+        tiles = TILES_WITH_TERMS.get((kernel, *key)) if with_terms else None
+        return tiles or TILES[kernel][key]
+
+    def _launch(self, kernel: Any) -> dict[str, Any]:
+        tiles = self.tiles(kernel)
         if INTERPRETED:  # small ones, so that small tests see several
             tiles = tiles._replace(BM=min(tiles.BM, 32), BN=16)
-        even = {"EVEN_D": blocks[0] == widths[0], "EVEN_DV": blocks[1] == widths[1]}
+        block, value_block = _block(self.dim), _block(self.value_dim)
+        even = {"EVEN_D": block == self.dim, "EVEN_DV": value_block == self.value_dim}
         precision = "ieee" if INTERPRETED else PRECISION["hip" if torch.version.hip else "cuda"]
-        return tiles._asdict() | {"BD": blocks[0], "BDV": blocks[1], "PRECISION": precision} | even
+        return tiles._asdict() | {"BD": block, "BDV": value_block, "PRECISION": precision} | even
 
 
 def _served(q: Tensor, v: Tensor | None) -> bool:
@@ -261,4 +257,32 @@ def _block(size: int) -> int:
     return max(16, triton.next_power_of_2(size))
 
 
-TARGETS: list[tuple[Any, str, dict[str, Any], int]] = []
+def _target(
+    kernel: Any, dtype: str, width: int, *, bare: bool = False, ragged: bool = False, **changes: Any
+) -> tuple[Any, str, dict[str, Any], int]:
+    """How a kernel is compiled for ``width`` = d = dv: ``bare`` without bias and validity, else with all there is, on
+    whole tiles or ``ragged``. Rows are aligned, their elements next to each other."""
+    names = kernel.arg_names
+    key = (width, 2 if dtype == "bf16" else 4)
+    tiles = (None if bare else TILES_WITH_TERMS.get((kernel, *key))) or TILES[kernel][key]
+    constants = {**tiles._asdict(), "BD": width, "BDV": width, "EVEN_M": not ragged, "EVEN_N": not ragged}
+    constants |= {"EVEN_D": True, "EVEN_DV": True, "HAS_QUERY_VALID": not bare, "ONE_TILE": False, **changes}
+    constants |= {"PRECISION": "ieee" if dtype == "bf16" else PRECISION, "q_d": 1, "k_d": 1, "v_d": 1, "grad_d": 1}
+    constants |= {"p_term": None, "p_query_valid": None} if bare else {}
+    warps = constants.pop("num_warps")
+    constants = {n: c for n, c in constants.items() if n in names or n == "num_stages"}
+    tensors = dict.fromkeys(("p_q", "p_k", "p_v", "p_out", "p_grad", "p_dq", "p_dk", "p_dv"), f"*{dtype}:16")
+    types = {"p_query_valid": "*i1", "heads": "i32", "factor": "fp32", "scale": "fp32", **tensors}
+    rest = (types.get(n, "*fp32:16" if n.startswith("p_") else "i32:16") for n in names if n not in constants)
+    return kernel, " ".join(rest), constants, warps
+
+
+# How the tests compile every kernel: types of the run-time arguments (:16 for a multiple of 16), compile-time
+# arguments, warps.
+TARGETS: list[tuple[Any, str, dict[str, Any], int]] = [
+    *(_target(kernel, *case, ragged=True) for kernel in TILES for case in (("bf16", 64), ("bf16", 128), ("fp32", 64))),
+    *(_target(attend, "bf16", width, bare=True) for width in (64, 128)),
+    _target(attend_once, "bf16", 64, bare=True, ragged=True, BM=16, ONE_TILE=True),
+    (prepare, "*fp32 *i1 *i1 *fp32 *fp32 *fp32 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32", {"BLOCK": PAD}, 4),
+    (over_heads, "*fp32 *i1 *fp32 i32 i32 i32 i32 i32", {"MEAN": True, **OVER_HEADS}, 4),
+]
