@@ -10,35 +10,45 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparsify_kernels.attention_scores.tiles_triton import LN2, LOG2E, load_tile, operand, seen_keys
+from sparsify_kernels.attention_scores.tiles_triton import LN2, load_tile, narrowed, operand, seen_keys
 
 __all__ = ["attend", "attend_once", "receive"]
 
 
 @triton.jit
 def _store_rows(
-    p_out, p_lse, b_out, b_top, b_total, m_live, i_bh, o_m, queries, value_dim, BDV: tl.constexpr, HAS_V: tl.constexpr
-):
-    """Rows ``o_m`` of head i_bh of output and log-sum-exp: 0 and +inf where not ``m_live``."""
+    p_out, p_lse, p_base, p_inverse, b_out, b_top, b_total, m_live, i_bh, o_m, queries, value_dim,
+    BDV: tl.constexpr, HAS_V: tl.constexpr,
+):  # fmt: skip
+    """Rows ``o_m`` of head i_bh of output, log-sum-exp, base and inverse: 0, +inf, +inf and 1 where not ``m_live``."""
     m_row = o_m < queries
-    b_lse = (b_top + tl.log2(tl.where(m_live, b_total, 1.0))) * LN2
-    tl.store(p_lse + i_bh * queries + o_m, tl.where(m_live, b_lse, float("inf")), mask=m_row)
+    b_lse = b_top + tl.log2(tl.where(m_live, b_total, 1.0))
+    tl.store(p_lse + i_bh * queries + o_m, tl.where(m_live, b_lse * LN2, float("inf")), mask=m_row)
+    if p_base is not None:
+        b_base = b_lse if p_inverse is None else b_top
+        tl.store(p_base + i_bh * queries + o_m, tl.where(m_live, b_base, float("inf")), mask=m_row)
+    if p_inverse is not None:
+        tl.store(p_inverse + i_bh * queries + o_m, 1.0 / tl.where(m_live, b_total, 1.0), mask=m_row)
     if HAS_V:
         o_dv = tl.arange(0, BDV)
-        b_out = tl.where(m_live[:, None], b_out, 0.0).to(p_out.dtype.element_ty)
+        b_out = narrowed(tl.where(m_live[:, None], b_out, 0.0), p_out.dtype.element_ty)
         p_rows = p_out + (i_bh * queries + o_m)[:, None] * value_dim + o_dv[None, :]
         tl.store(p_rows, b_out, mask=m_row[:, None] & (o_dv < value_dim)[None, :])
 
 
 @triton.jit
 def attend(
-    p_q, p_k, p_v, p_term, p_query_valid, p_out, p_lse,
+    p_q, p_k, p_v, p_term, p_query_valid, p_out, p_lse, p_base, p_inverse,
     heads, queries, keys, dim, value_dim, padded, factor,
     q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d, v_b, v_h, v_n, v_d, qv_b, qv_m,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_D: tl.constexpr, EVEN_DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """output and lse of one tile of queries; program ((b * heads + h) * tiles + tile)."""
+    """output, lse, and what ``receive`` rebuilds P from as exp2(logit - base), of one tile of queries; program
+    ((b * heads + h) * tiles + tile).
+
+    With ``p_inverse`` P is exp2(logit - base) * inverse instead, without the rounding of a log-sum-exp.
+    """
     MASKED: tl.constexpr = p_term is not None or not EVEN_N
     HAS_V: tl.constexpr = p_v is not None
     tiles = tl.cdiv(queries, BM)
@@ -75,7 +85,9 @@ def attend(
         b_top = b_new
     m_live = m_query & (b_total != 0)  # a NaN row is live: what is wrong at valid positions must show
     b_out = b_out / tl.where(m_live, b_total, 1.0)[:, None]
-    _store_rows(p_out, p_lse, b_out, b_top, b_total, m_live, i_bh, o_m, queries, value_dim, BDV, HAS_V)
+    _store_rows(
+        p_out, p_lse, p_base, p_inverse, b_out, b_top, b_total, m_live, i_bh, o_m, queries, value_dim, BDV, HAS_V
+    )
 
 
 @triton.jit
@@ -137,12 +149,12 @@ def attend_once(
         if HAS_V:
             b_v = load_tile(p_v, o_n, m_n, v_n, v_d, value_dim, BDV, MASKED, EVEN_DV)  # [BN, BDV]
             b_out = tl.dot(operand(b_p, b_v), b_v, b_out, input_precision=PRECISION)
-    _store_rows(p_out, p_lse, b_out, b_top, b_total, m_live, i_bh, o_m, queries, value_dim, BDV, HAS_V)
+    _store_rows(p_out, p_lse, None, None, b_out, b_top, b_total, m_live, i_bh, o_m, queries, value_dim, BDV, HAS_V)
 
 
 @triton.jit
 def receive(
-    p_q, p_k, p_term, p_lse, p_part,
+    p_q, p_k, p_term, p_base, p_inverse, p_part,
     heads, queries, keys, dim, value_dim, padded, factor, q_b, q_h, q_m, q_d, k_b, k_h, k_n, k_d,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, HAS_QUERY_VALID: tl.constexpr,
     EVEN_M: tl.constexpr, EVEN_D: tl.constexpr, EVEN_DV: tl.constexpr, PRECISION: tl.constexpr,
@@ -157,17 +169,21 @@ def receive(
     b_term, m_n = seen_keys(p_term, o_n, keys)
     b_k = load_tile(p_k + i_b * k_b + i_h * k_h, o_n, m_n, k_n, k_d, dim, BD, True, EVEN_D)  # [BN, BD]
     p_q += i_b * q_b + i_h * q_h
-    p_lse += i_bh * queries
+    p_base += i_bh * queries
     b_sum = tl.zeros((BN, BM), tl.float32)  # added up along its rows at the end: one addition a weight until then
     for start in range(0, queries, BM):
         o_m = start + tl.arange(0, BM).to(tl.int64)
         m_m = o_m < queries
-        b_lse = tl.load(p_lse + o_m) if EVEN_M else tl.load(p_lse + o_m, mask=m_m, other=float("inf"))
+        b_base = tl.load(p_base + o_m) if EVEN_M else tl.load(p_base + o_m, mask=m_m, other=float("inf"))
         if HAS_QUERY_VALID:
-            m_m = b_lse != float("inf")  # what stands at invalid queries is not read
+            m_m = b_base != float("inf")  # what stands at invalid queries is not read
         b_q = load_tile(p_q, o_m, m_m, q_m, q_d, dim, BD, HAS_QUERY_VALID or not EVEN_M, EVEN_D)  # [BM, BD]
         b_x = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * factor  # [BN, BM]
         if p_term is not None:
             b_x += b_term[:, None]
-        b_sum += tl.exp2(b_x - (b_lse * LOG2E)[None, :])
+        b_p = tl.exp2(b_x - b_base[None, :])
+        if p_inverse is not None:
+            p_tile = p_inverse + i_bh * queries + o_m
+            b_p *= (tl.load(p_tile) if EVEN_M else tl.load(p_tile, mask=o_m < queries, other=0.0))[None, :]
+        b_sum += b_p
     tl.store(p_part + i_bh * keys + o_n, tl.where(m_n, tl.sum(b_sum, 1), 0.0), mask=o_n < keys)

@@ -12,7 +12,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["INTERPRETED", "LN2", "LOG2E", "load_tile", "operand", "over_heads", "prepare", "seen_keys"]
+__all__ = ["INTERPRETED", "LN2", "LOG2E", "load_tile", "narrowed", "operand", "over_heads", "prepare", "seen_keys"]
 
 # The interpreter multiplies bf16 as the integers it keeps them in: there, everything is widened when it is loaded.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -24,6 +24,16 @@ LN2 = tl.constexpr(0.6931471805599453)
 def operand(b_x, like):
     """``b_x`` in the dtype of ``like``, to be multiplied with it."""
     return b_x.to(like.dtype)
+
+
+@triton.jit
+def narrowed(b_x, dtype: tl.constexpr):
+    """``b_x`` fp32 rounded to ``dtype``; the interpreter cuts bf16 off instead."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        b_bits = b_x.to(tl.int32, bitcast=True)
+        b_rounded = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)).to(tl.float32, bitcast=True)
+        b_x = tl.where(b_x == b_x, b_rounded, b_x)
+    return b_x.to(dtype)
 
 
 @triton.jit

@@ -13,7 +13,7 @@ import triton
 from torch import Tensor
 
 from sparsify_kernels.attention_scores import reference
-from sparsify_kernels.attention_scores.backward_triton import grad_keys, grad_queries, row_sums
+from sparsify_kernels.attention_scores.backward_triton import exact_row_sums, grad_keys, grad_queries, row_sums
 from sparsify_kernels.attention_scores.forward_triton import attend, attend_once, receive
 from sparsify_kernels.attention_scores.tiles_triton import INTERPRETED, LOG2E, over_heads, prepare
 
@@ -60,8 +60,10 @@ TILES: dict[Any, dict[tuple[int, int], Tiles]] = {
     row_sums: {
         (64, 2): Tiles(64, 64, 4, 2),
         (128, 2): Tiles(64, 64, 8, 2),
-        (64, 4): Tiles(32, 32, 4, 2),
-        (128, 4): Tiles(32, 16, 4, 2),
+    },
+    exact_row_sums: {
+        (64, 4): Tiles(32, 32, 8, 1),
+        (128, 4): Tiles(16, 16, 8, 1),
     },
     grad_keys: {
         (64, 2): Tiles(64, 64, 4, 2),
@@ -110,13 +112,14 @@ def attention_scores(
         attend_once[(batch * heads,)](*inputs, part, *numbers, **tiles)
     else:
         tiles = call.rows(attend)
-        attend[call.grid(queries, tiles["BM"])](*inputs, *numbers, **tiles)
+        base, inverse = torch.empty_like(lse), torch.empty_like(lse) if q.dtype == torch.float32 else None
+        attend[call.grid(queries, tiles["BM"])](*inputs, base, inverse, *numbers, **tiles)
     if not call.keys:
         return received, output, lse
     if not one_pass:
         tiles = call.columns(receive)
         numbers = (*call.sizes, call.factor, *q.stride(), *k.stride())
-        receive[call.grid(call.keys, tiles["BN"])](q, k, term, lse, part, *numbers, **tiles)
+        receive[call.grid(call.keys, tiles["BN"])](q, k, term, base, inverse, part, *numbers, **tiles)
     call.over_heads(part, received, mean=True)
     return received, output, lse
 
@@ -148,23 +151,32 @@ def attention_scores_backward(
     if asked == [None] * 4:
         return dq, dk, dv, dbias
     part = None if asked[3] is None else lse.new_empty((call.batch, call.heads, call.keys))
-    sums = None if asked[0] is asked[1] is asked[3] is None else lse.new_empty(lse.shape)
-    term, gain = call.prepare(None if sums is None else grad_received)
+    term, gain = call.prepare(grad_received)
     grad = None if call.values is None else grad_output
     output, lse = output.contiguous(), lse.contiguous()  # as the forward left them
+    exact = q.dtype == torch.float32
+    sums, base, inverse = torch.empty_like(lse), torch.empty_like(lse) if exact else lse, None
     strides = _strides(grad, 4)
-    if sums is not None and call.queries:
+    if exact:
+        inverse = torch.empty_like(lse)
+        if call.queries:
+            tiles = call.rows(exact_row_sums)
+            tensors = (q, k, call.values, term, gain, grad, lse, sums, base, inverse)
+            numbers = (*call.sizes, call.factor, *call.strides, *strides)
+            exact_row_sums[call.grid(call.queries, tiles["BM"])](*tensors, *numbers, **tiles)
+    elif call.queries:
         tiles = call.rows(row_sums)
         numbers = (*call.sizes, call.factor, *q.stride(), *k.stride(), *strides)
-        row_sums[call.grid(call.queries, tiles["BM"])](q, k, term, gain, grad, output, lse, sums, *numbers, **tiles)
-    inputs = (q, k, call.values, term, gain, grad, lse, sums)
+        tensors = (q, k, term, gain, grad, output, lse, sums)
+        row_sums[call.grid(call.queries, tiles["BM"])](*tensors, *numbers, **tiles)
+    tensors = (q, k, call.values, term, gain, grad, base, sums, inverse)
     numbers = (*call.sizes, call.factor, call.scale, *call.strides, *strides)
     if asked[1:] != [None] * 3:
         tiles = call.columns(grad_keys)
-        grad_keys[call.grid(call.keys, tiles["BN"])](*inputs, asked[1], asked[2], part, *numbers, **tiles)
+        grad_keys[call.grid(call.keys, tiles["BN"])](*tensors, asked[1], asked[2], part, *numbers, **tiles)
     if asked[0] is not None:
         tiles = call.rows(grad_queries)
-        grad_queries[call.grid(call.queries, tiles["BM"])](*inputs, dq, *numbers, **tiles)
+        grad_queries[call.grid(call.queries, tiles["BM"])](*tensors, dq, *numbers, **tiles)
     if part is not None:
         call.over_heads(part, dbias, mean=False)
     return dq, dk, dv, dbias
@@ -269,6 +281,7 @@ def _target(
     constants |= {"EVEN_D": True, "EVEN_DV": True, "HAS_QUERY_VALID": not bare, "ONE_TILE": False, **changes}
     constants |= {"PRECISION": "ieee" if dtype == "bf16" else PRECISION, "q_d": 1, "k_d": 1, "v_d": 1, "grad_d": 1}
     constants |= {"p_term": None, "p_query_valid": None} if bare else {}
+    constants |= {"p_inverse": None} if dtype == "bf16" else {}
     warps = constants.pop("num_warps")
     constants = {n: c for n, c in constants.items() if n in names or n == "num_stages"}
     tensors = dict.fromkeys(("p_q", "p_k", "p_v", "p_out", "p_grad", "p_dq", "p_dk", "p_dv"), f"*{dtype}:16")
@@ -280,7 +293,12 @@ def _target(
 # How the tests compile every kernel: types of the run-time arguments (:16 for a multiple of 16), compile-time
 # arguments, warps.
 TARGETS: list[tuple[Any, str, dict[str, Any], int]] = [
-    *(_target(kernel, *case, ragged=True) for kernel in TILES for case in (("bf16", 64), ("bf16", 128), ("fp32", 64))),
+    *(
+        _target(kernel, "bf16" if size == 2 else "fp32", width, ragged=True)
+        for kernel, table in TILES.items()
+        for width, size in table
+        if (width, size) != (128, 4)
+    ),
     *(_target(attend, "bf16", width, bare=True) for width in (64, 128)),
     _target(attend_once, "bf16", 64, bare=True, ragged=True, BM=16, ONE_TILE=True),
     (prepare, "*fp32 *i1 *i1 *fp32 *fp32 *fp32 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32", {"BLOCK": PAD}, 4),
