@@ -13,7 +13,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparsify_kernels.attention_scores.tiles_triton import LOG2E, load_tile, narrowed, operand, seen_keys
+from sparsify_kernels.attention_scores.tiles_triton import LOG2E, exponential, load_tile, narrowed, operand, seen_keys
 
 __all__ = ["exact_row_sums", "grad_keys", "grad_queries", "row_sums"]
 
@@ -77,7 +77,7 @@ def exact_row_sums(
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_D: tl.constexpr, EVEN_DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """``row_sums`` with a softmax of its own: P = exp2(logit - base) * inverse, base the largest logit of a row, +inf
+    """``row_sums`` with a softmax of its own: P = exp(logit - base) * inverse, base the largest logit of a row, +inf
     in dead rows, without the rounding of the log-sum-exp; program ((b * heads + h) * tiles + tile)."""
     MASKED: tl.constexpr = p_term is not None or not EVEN_N
     tiles = tl.cdiv(queries, BM)
@@ -107,8 +107,8 @@ def exact_row_sums(
             b_x += b_term[None, :]
         b_new = tl.maximum(b_top, tl.max(b_x, 1))
         b_base = tl.where(b_new == float("-inf"), 0.0, b_new)  # -inf - -inf is NaN
-        b_p = tl.exp2(b_x - b_base[:, None])
-        b_fade = tl.exp2(b_top - b_base)
+        b_p = tl.exp(b_x - b_base[:, None])
+        b_fade = tl.exp(b_top - b_base)
         b_total = b_total * b_fade + tl.sum(b_p, 1)
         b_sum *= b_fade
         if p_gain is not None:
@@ -135,6 +135,7 @@ def grad_keys(
     """dk, dv and, a row a head, dkey_bias of one tile of keys, those asked for; program ((b * heads + h) * tiles +
     tile)."""
     MASKED: tl.constexpr = HAS_QUERY_VALID or not EVEN_M
+    EXACT: tl.constexpr = p_inverse is not None
     LOGITS: tl.constexpr = p_dk is not None or p_part is not None
     tiles = tl.cdiv(keys, BN)
     i_bh = tl.program_id(0).to(tl.int64) // tiles
@@ -167,7 +168,7 @@ def grad_keys(
         b_x = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * factor  # [BN, BM]
         if p_term is not None:
             b_x += b_term[:, None]
-        b_p = tl.exp2(b_x - (b_base * (LOG2E if p_inverse is None else 1.0))[None, :])
+        b_p = exponential(b_x - (b_base if EXACT else b_base * LOG2E)[None, :], EXACT)
         if p_inverse is not None:
             p_row_inverse = p_inverse + p_row
             b_p *= (tl.load(p_row_inverse) if EVEN_M else tl.load(p_row_inverse, mask=m_m, other=0.0))[None, :]
@@ -203,6 +204,7 @@ def grad_queries(
 ):  # fmt: skip
     """dq of one tile of queries; program ((b * heads + h) * tiles + tile)."""
     MASKED: tl.constexpr = p_term is not None or not EVEN_N
+    EXACT: tl.constexpr = p_inverse is not None
     tiles = tl.cdiv(queries, BM)
     i_bh = tl.program_id(0).to(tl.int64) // tiles
     i_b, i_h = i_bh // heads, i_bh % heads
@@ -230,7 +232,7 @@ def grad_queries(
         b_x = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * factor  # [BM, BN]
         if MASKED:
             b_x += b_term[None, :]
-        b_p = tl.exp2(b_x - (b_base * (LOG2E if p_inverse is None else 1.0))[:, None])
+        b_p = exponential(b_x - (b_base if EXACT else b_base * LOG2E)[:, None], EXACT)
         if p_inverse is not None:
             b_p *= b_inverse[:, None]
         b_ds = tl.zeros((BM, BN), tl.float32) - b_sum[:, None]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparsify_kernels.attention_scores.tiles_triton import LN2, load_tile, narrowed, operand, seen_keys
+from sparsify_kernels.attention_scores.tiles_triton import LN2, exponential, load_tile, narrowed, operand, seen_keys
 
 __all__ = ["attend", "attend_once", "receive"]
 
@@ -18,17 +18,19 @@ __all__ = ["attend", "attend_once", "receive"]
 @triton.jit
 def _store_rows(
     p_out, p_lse, p_base, p_inverse, b_out, b_top, b_total, m_live, i_bh, o_m, queries, value_dim,
-    BDV: tl.constexpr, HAS_V: tl.constexpr,
+    BDV: tl.constexpr, HAS_V: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """Rows ``o_m`` of head i_bh of output, log-sum-exp, base and inverse: 0, +inf, +inf and 1 where not ``m_live``."""
     m_row = o_m < queries
-    b_lse = b_top + tl.log2(tl.where(m_live, b_total, 1.0))
-    tl.store(p_lse + i_bh * queries + o_m, tl.where(m_live, b_lse * LN2, float("inf")), mask=m_row)
+    b_total = tl.where(m_live, b_total, 1.0)
+    b_lse = b_top + (tl.log(b_total) if EXACT else tl.log2(b_total))
+    b_natural = b_lse if EXACT else b_lse * LN2
+    tl.store(p_lse + i_bh * queries + o_m, tl.where(m_live, b_natural, float("inf")), mask=m_row)
     if p_base is not None:
-        b_base = b_lse if p_inverse is None else b_top
+        b_base = b_top if EXACT else b_lse
         tl.store(p_base + i_bh * queries + o_m, tl.where(m_live, b_base, float("inf")), mask=m_row)
     if p_inverse is not None:
-        tl.store(p_inverse + i_bh * queries + o_m, 1.0 / tl.where(m_live, b_total, 1.0), mask=m_row)
+        tl.store(p_inverse + i_bh * queries + o_m, 1.0 / b_total, mask=m_row)
     if HAS_V:
         o_dv = tl.arange(0, BDV)
         b_out = narrowed(tl.where(m_live[:, None], b_out, 0.0), p_out.dtype.element_ty)
@@ -44,13 +46,14 @@ def attend(
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr,
     EVEN_N: tl.constexpr, EVEN_D: tl.constexpr, EVEN_DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """output, lse, and what ``receive`` rebuilds P from as exp2(logit - base), of one tile of queries; program
-    ((b * heads + h) * tiles + tile).
+    """output, lse, and what ``receive`` rebuilds P from, of one tile of queries; program ((b * heads + h) * tiles +
+    tile).
 
-    With ``p_inverse`` P is exp2(logit - base) * inverse instead, without the rounding of a log-sum-exp.
+    P is exp2(logit - base); in fp32 exp(logit - base) * inverse, without the rounding of a log-sum-exp.
     """
     MASKED: tl.constexpr = p_term is not None or not EVEN_N
     HAS_V: tl.constexpr = p_v is not None
+    EXACT: tl.constexpr = p_q.dtype.element_ty == tl.float32
     tiles = tl.cdiv(queries, BM)
     i_bh = tl.program_id(0).to(tl.int64) // tiles
     i_b, i_h = i_bh // heads, i_bh % heads
@@ -76,8 +79,8 @@ def attend(
             b_x += b_term[None, :]
         b_new = tl.maximum(b_top, tl.max(b_x, 1))
         b_base = tl.where(b_new == float("-inf"), 0.0, b_new)  # -inf - -inf is NaN
-        b_p = tl.exp2(b_x - b_base[:, None])
-        b_fade = tl.exp2(b_top - b_base)
+        b_p = exponential(b_x - b_base[:, None], EXACT)
+        b_fade = exponential(b_top - b_base, EXACT)
         b_total = b_total * b_fade + tl.sum(b_p, 1)
         if HAS_V:
             b_v = load_tile(p_v, o_n, m_n, v_n, v_d, value_dim, BDV, MASKED, EVEN_DV)  # [BN, BDV]
@@ -86,7 +89,7 @@ def attend(
     m_live = m_query & (b_total != 0)  # a NaN row is live: what is wrong at valid positions must show
     b_out = b_out / tl.where(m_live, b_total, 1.0)[:, None]
     _store_rows(
-        p_out, p_lse, p_base, p_inverse, b_out, b_top, b_total, m_live, i_bh, o_m, queries, value_dim, BDV, HAS_V
+        p_out, p_lse, p_base, p_inverse, b_out, b_top, b_total, m_live, i_bh, o_m, queries, value_dim, BDV, HAS_V, EXACT
     )
 
 
@@ -106,6 +109,7 @@ def attend_once(
     """
     MASKED: tl.constexpr = p_term is not None or not EVEN_N
     HAS_V: tl.constexpr = p_v is not None
+    EXACT: tl.constexpr = p_q.dtype.element_ty == tl.float32
     i_bh = tl.program_id(0).to(tl.int64)
     i_b, i_h = i_bh // heads, i_bh % heads
     o_m = tl.arange(0, BM).to(tl.int64)  # [BM]
@@ -130,7 +134,7 @@ def attend_once(
             b_x += b_term[None, :]
         b_new = tl.maximum(b_top, tl.max(b_x, 1))
         b_base = tl.where(b_new == float("-inf"), 0.0, b_new)  # -inf - -inf is NaN
-        b_total = b_total * tl.exp2(b_top - b_base) + tl.sum(tl.exp2(b_x - b_base[:, None]), 1)
+        b_total = b_total * exponential(b_top - b_base, EXACT) + tl.sum(exponential(b_x - b_base[:, None], EXACT), 1)
         b_top = b_new
     m_live = m_query & (b_total != 0)  # a NaN row is live: what is wrong at valid positions must show
     b_base = tl.where(b_top == float("-inf"), 0.0, b_top)
@@ -144,12 +148,14 @@ def attend_once(
             b_x = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * factor
             if MASKED:
                 b_x += b_term[None, :]
-        b_p = tl.where(m_live[:, None], tl.exp2(b_x - b_base[:, None]) * b_inverse[:, None], 0.0)
+        b_p = tl.where(m_live[:, None], exponential(b_x - b_base[:, None], EXACT) * b_inverse[:, None], 0.0)
         tl.store(p_part + i_bh * keys + o_n, tl.where(m_n, tl.sum(b_p, 0), 0.0), mask=o_n < keys)
         if HAS_V:
             b_v = load_tile(p_v, o_n, m_n, v_n, v_d, value_dim, BDV, MASKED, EVEN_DV)  # [BN, BDV]
             b_out = tl.dot(operand(b_p, b_v), b_v, b_out, input_precision=PRECISION)
-    _store_rows(p_out, p_lse, None, None, b_out, b_top, b_total, m_live, i_bh, o_m, queries, value_dim, BDV, HAS_V)
+    _store_rows(
+        p_out, p_lse, None, None, b_out, b_top, b_total, m_live, i_bh, o_m, queries, value_dim, BDV, HAS_V, EXACT
+    )
 
 
 @triton.jit
@@ -160,6 +166,7 @@ def receive(
     EVEN_M: tl.constexpr, EVEN_D: tl.constexpr, EVEN_DV: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """The sums of P over the queries, [B, H, N], for one tile of keys; program ((b * heads + h) * tiles + tile)."""
+    EXACT: tl.constexpr = p_q.dtype.element_ty == tl.float32
     tiles = tl.cdiv(keys, BN)
     i_bh = tl.program_id(0).to(tl.int64) // tiles
     i_b, i_h = i_bh // heads, i_bh % heads
@@ -181,7 +188,7 @@ def receive(
         b_x = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION) * factor  # [BN, BM]
         if p_term is not None:
             b_x += b_term[:, None]
-        b_p = tl.exp2(b_x - b_base[None, :])
+        b_p = exponential(b_x - b_base[None, :], EXACT)
         if p_inverse is not None:
             p_tile = p_inverse + i_bh * queries + o_m
             b_p *= (tl.load(p_tile) if EVEN_M else tl.load(p_tile, mask=o_m < queries, other=0.0))[None, :]

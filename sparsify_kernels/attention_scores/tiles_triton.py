@@ -1,7 +1,8 @@
 """What the Triton kernels of attention_scores share.
 
 Alphabet: ``i_`` ids, ``o_`` offsets, ``m_`` masks, ``p_`` pointers, ``b_`` blocks. Offsets into tensors are int64
-before the first multiply. Logits are in powers of two: exp2 is one instruction, and log2(e) is folded into the scale.
+before the first multiply. Logits of halves are in powers of two: exp2 is one instruction, and log2(e) is folded
+into the scale and the terms. Those of fp32 are natural: folded in, its rounding would show.
 
 Bias and validity of the keys come as one table of terms [B, PADDED] (``prepare``), -inf where a key is not seen: one
 addition, no selects, nothing beyond the last key to mask. A key is read only where its term is not -inf.
@@ -12,7 +13,18 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = ["INTERPRETED", "LN2", "LOG2E", "load_tile", "narrowed", "operand", "over_heads", "prepare", "seen_keys"]
+__all__ = [
+    "INTERPRETED",
+    "LN2",
+    "LOG2E",
+    "exponential",
+    "load_tile",
+    "narrowed",
+    "operand",
+    "over_heads",
+    "prepare",
+    "seen_keys",
+]
 
 # The interpreter multiplies bf16 as the integers it keeps them in: there, everything is widened when it is loaded.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
@@ -24,6 +36,12 @@ LN2 = tl.constexpr(0.6931471805599453)
 def operand(b_x, like):
     """``b_x`` in the dtype of ``like``, to be multiplied with it."""
     return b_x.to(like.dtype)
+
+
+@triton.jit
+def exponential(b_x, EXACT: tl.constexpr):
+    """exp of differences of logits, EXACT: natural ones."""
+    return tl.exp(b_x) if EXACT else tl.exp2(b_x)
 
 
 @triton.jit
@@ -81,7 +99,8 @@ def _valid_queries(p_query_valid, queries, stride):
 @triton.jit
 def prepare(
     p_bias, p_query_valid, p_key_valid, p_grad, p_term, p_gain,
-    heads, queries, keys, padded, bias_b, bias_n, qv_b, qv_m, kv_b, kv_n, grad_b, grad_n, BLOCK: tl.constexpr,
+    heads, queries, keys, padded, bias_b, bias_n, qv_b, qv_m, kv_b, kv_n, grad_b, grad_n,
+    EXACT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """term [B, PADDED] of every key, and gain [B, PADDED], what a weight on it adds to the loss by way of
     ``received``: grad / (heads * valid queries); program (b * tiles + tile)."""
@@ -94,7 +113,8 @@ def prepare(
     if p_term is not None:
         b_term = tl.zeros((BLOCK,), tl.float32)
         if p_bias is not None:
-            b_term = tl.load(p_bias + i_b * bias_b + o_n * bias_n, mask=m_n, other=0.0).to(tl.float32) * LOG2E
+            b_term = tl.load(p_bias + i_b * bias_b + o_n * bias_n, mask=m_n, other=0.0).to(tl.float32)
+            b_term *= 1.0 if EXACT else LOG2E
         tl.store(p_term + i_b * padded + o_n, tl.where(m_n, b_term, float("-inf")))
     if p_grad is not None:
         if p_query_valid is not None:

@@ -112,7 +112,7 @@ def attention_scores(
         attend_once[(batch * heads,)](*inputs, part, *numbers, **tiles)
     else:
         tiles = call.rows(attend)
-        base, inverse = torch.empty_like(lse), torch.empty_like(lse) if q.dtype == torch.float32 else None
+        base, inverse = torch.empty_like(lse), torch.empty_like(lse) if call.exact else None
         attend[call.grid(queries, tiles["BM"])](*inputs, base, inverse, *numbers, **tiles)
     if not call.keys:
         return received, output, lse
@@ -154,10 +154,9 @@ def attention_scores_backward(
     term, gain = call.prepare(grad_received)
     grad = None if call.values is None else grad_output
     output, lse = output.contiguous(), lse.contiguous()  # as the forward left them
-    exact = q.dtype == torch.float32
-    sums, base, inverse = torch.empty_like(lse), torch.empty_like(lse) if exact else lse, None
+    sums, base, inverse = torch.empty_like(lse), torch.empty_like(lse) if call.exact else lse, None
     strides = _strides(grad, 4)
-    if exact:
+    if call.exact:
         inverse = torch.empty_like(lse)
         if call.queries:
             tiles = call.rows(exact_row_sums)
@@ -201,7 +200,8 @@ class _Call:
         self.values = v if self.value_dim else None
         self.key_bias, self.query_valid, self.key_valid = key_bias, query_valid, key_valid
         self.scale = self.dim**-0.5 if scale is None else scale
-        self.factor = self.scale * LOG2E.value
+        self.exact = q.dtype == torch.float32
+        self.factor = self.scale if self.exact else self.scale * LOG2E.value
         self.padded = triton.cdiv(self.keys, PAD) * PAD
         self.sizes = (self.heads, self.queries, self.keys, self.dim, self.value_dim, self.padded)
         self.strides = (*q.stride(), *k.stride(), *_strides(self.values, 4))
@@ -216,7 +216,7 @@ class _Call:
             gain = self.q.new_empty((self.batch, self.padded), dtype=torch.float32)
         if self.keys and (term is not None or gain is not None):
             numbers = (self.heads, self.queries, self.keys, self.padded, *(s for t in tables for s in _strides(t, 2)))
-            prepare[(self.batch * self.padded // PAD,)](*tables, term, gain, *numbers, BLOCK=PAD)
+            prepare[(self.batch * self.padded // PAD,)](*tables, term, gain, *numbers, EXACT=self.exact, BLOCK=PAD)
         return term, gain
 
     def over_heads(self, part: Tensor, out: Tensor, *, mean: bool) -> None:
@@ -301,6 +301,11 @@ TARGETS: list[tuple[Any, str, dict[str, Any], int]] = [
     ),
     *(_target(attend, "bf16", width, bare=True) for width in (64, 128)),
     _target(attend_once, "bf16", 64, bare=True, ragged=True, BM=16, ONE_TILE=True),
-    (prepare, "*fp32 *i1 *i1 *fp32 *fp32 *fp32 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32", {"BLOCK": PAD}, 4),
+    (
+        prepare,
+        "*fp32 *i1 *i1 *fp32 *fp32 *fp32 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32 i32",
+        {"EXACT": False, "BLOCK": PAD},
+        4,
+    ),
     (over_heads, "*fp32 *i1 *fp32 i32 i32 i32 i32 i32", {"MEAN": True, **OVER_HEADS}, 4),
 ]
