@@ -49,8 +49,8 @@ def narrowed(b_x, dtype: tl.constexpr):
     """``b_x`` fp32 rounded to ``dtype``; the interpreter cuts bf16 off instead."""
     if INTERPRETED and dtype == tl.bfloat16:
         b_bits = b_x.to(tl.int32, bitcast=True)
-        b_rounded = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)).to(tl.float32, bitcast=True)
-        b_x = tl.where(b_x == b_x, b_rounded, b_x)
+        b_bits = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) & -65536
+        b_x = tl.where(b_x == b_x, b_bits.to(tl.float32, bitcast=True), b_x)
     return b_x.to(dtype)
 
 
