@@ -39,7 +39,7 @@ RUNGS = ("reference", "fake", "backward", "cpp", "triton", "test", "benchmark", 
 # Rungs still to come. An op without a line here does not exist.
 TO_COME: dict[str, tuple[str, ...]] = {
     "random_mask": (),
-    "attention_scores": ("triton",),
+    "attention_scores": (),
     "key_tokens": (),
     "merge_tokens": (),
     "window_attention": RUNGS,

@@ -2,7 +2,9 @@
 JSON line a case.
 
 A script of its own, because kernels decorated under ``TRITON_INTERPRET=1`` cannot be compiled. ``TARGETS`` of the
-op's ``triton.py`` lists the cases.
+op's ``triton.py`` lists the cases: a kernel, the types of its run-time arguments (``i32:16``: a multiple of 16), its
+compile-time arguments (``num_stages`` among them, if it is not the compiler's choice; a dict holds one value for
+``cuda``, another for ``hip``) and its warps.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import triton
 from triton.backends.compiler import GPUTarget
@@ -50,15 +53,24 @@ def spilled_on_amd(assembly: str) -> int:
     return max(map(int, counts))
 
 
+def compile_case(case: tuple[Any, str, dict[str, Any], int], target: GPUTarget) -> tuple[Any, dict[str, Any]]:
+    """The compiled kernel, and its compile-time arguments on ``target``."""
+    kernel, types, constants, warps = case
+    constants = {n: c[target.backend] if isinstance(c, dict) else c for n, c in constants.items()}
+    options = {"num_warps": warps} | {n: constants.pop(n) for n in ("num_stages",) if n in constants}
+    hinted = dict(zip((n for n in kernel.arg_names if n not in constants), types.split(), strict=True))
+    signature = dict.fromkeys(kernel.arg_names, "constexpr") | {n: t.removesuffix(":16") for n, t in hinted.items()}
+    place = kernel.arg_names.index
+    attributes = {(place(n),): [["tt.divisibility", 16]] for n, t in hinted.items() if t.endswith(":16")}
+    source = ASTSource(kernel, signature, {(place(n),): c for n, c in constants.items()}, attributes)
+    return triton.compile(source, target=target, options=options), constants | options
+
+
 def main(op: str) -> None:
     cases = importlib.import_module(f"sparsify_kernels.{op}.triton").TARGETS
     for name, target, shared_limit in GPUS:
-        for kernel, types, constants, warps in cases:
-            signature = dict.fromkeys(kernel.arg_names, "constexpr")
-            at_run_time = [arg for arg in kernel.arg_names if arg not in constants]
-            signature |= dict(zip(at_run_time, types.split(), strict=True))
-            source = ASTSource(kernel, signature, {(kernel.arg_names.index(k),): v for k, v in constants.items()})
-            compiled = triton.compile(source, target=target, options={"num_warps": warps})
+        for kernel, *rest in cases:
+            compiled, constants = compile_case((kernel, *rest), target)
             nvidia = target.backend == "cuda"
             spilled = spilled_on_nvidia(compiled.asm["cubin"]) if nvidia else spilled_on_amd(compiled.asm["amdgcn"])
             case = {"gpu": name, "kernel": kernel.__name__, "constants": constants, "spilled": spilled}

@@ -32,7 +32,9 @@ from sparsify_kernels.testing import (
 FORWARD = _registry.implementations("attention_scores")
 BACKWARD = _registry.implementations("attention_scores_backward")
 NEEDS_CPP = pytest.mark.skipif("cpp" not in FORWARD, reason="the C++ extension is not built")
+NEEDS_TRITON = pytest.mark.skipif("triton" not in FORWARD, reason="Triton is not installed")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+DEVICE = {"cpp": "cpu", "triton": "cuda" if torch.cuda.is_available() else "cpu"}
 NAMES = ("q", "k", "v", "key_bias", "query_valid", "key_valid")
 ALL = [True, True, True, True]
 
@@ -46,6 +48,17 @@ SHAPES = (
     AttentionShape(3, 1, 49, 129, 17, 48),
     AttentionShape(3, 1, 97, 67, 32, 1),
     AttentionShape(3, 1, 1030, 20, 16, 16),
+)
+# Triton: widths around a block of 16 or 32; under the interpreter tiles of 16 keys and 32 queries, up to 64 queries in
+# one pass. The first four in each dtype.
+TILED = (
+    AttentionShape(2, 2, 9, 17, 16, 24),
+    AttentionShape(1, 1, 64, 15, 9, 5),
+    AttentionShape(1, 2, 65, 33, 16, 16),
+    AttentionShape(1, 1, 96, 16, 33, 48),
+    AttentionShape(2, 1, 1, 41, 7, 1),
+    AttentionShape(1, 3, 70, 1, 1, 0),
+    AttentionShape(1, 1, 66, 20, 128, 80),
 )
 # So many keys that a tile gets smaller.
 WIDE = AttentionShape(1, 1, 50, 12000, 16, 16)
@@ -67,13 +80,15 @@ def weights(received: Tensor, output: Tensor) -> tuple[Tensor, Tensor]:
 
 def run(backend: str, inputs: dict[str, Any], scale: float | None = None) -> dict[str, Tensor]:
     """Results and gradients of the kernels of ``backend``."""
-    args = [inputs[n] for n in NAMES]
+    device = DEVICE[backend]
+    args = [None if inputs[n] is None else inputs[n].to(device) for n in NAMES]
     with poisoned_memory():
         received, output, lse = FORWARD[backend](*args, scale)
         wanted = [True, True, args[2] is not None, args[3] is not None]
-        grads = BACKWARD[backend](*weights(received, output), *args, output, lse, scale, wanted)
+        given = [g.to(device) for g in weights(received, output)]
+        grads = BACKWARD[backend](*given, *args, output, lse, scale, wanted)
     named = {f"d{n}": g for n, g, w in zip(NAMES, grads, wanted, strict=False) if w}
-    return {"received": received, "output": output, "lse": lse, **named}
+    return {n: t.cpu() for n, t in {"received": received, "output": output, "lse": lse, **named}.items()}
 
 
 def eager(inputs: dict[str, Any], dtype: torch.dtype, scale: float | None = None) -> dict[str, Tensor]:
@@ -107,15 +122,22 @@ def assert_as_accurate(inputs: dict[str, Any], backend: str, scale: float | None
             assert_accurate(got, eager=plain[name], truth=truth, what=name)
 
 
-@NEEDS_CPP
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [s for s in SHAPES if s.keys and s.queries], ids=str)
+ACCURACY = [
+    *(pytest.param("cpp", s, d, marks=NEEDS_CPP) for s in SHAPES if s.keys and s.queries for d in DTYPES),
+    *(pytest.param("triton", s, DTYPES[0], marks=NEEDS_TRITON) for s in TILED),
+    *(pytest.param("triton", s, d, marks=NEEDS_TRITON) for s in TILED[:4] for d in DTYPES[1:3]),
+]
+
+
+@pytest.mark.parametrize(("backend", "shape", "dtype"), ACCURACY, ids=str)
 @pytest.mark.parametrize("valid", [False, True], ids=["all", "valid"])
-def test_results_and_gradients_are_as_accurate_as_asked(shape: AttentionShape, dtype: torch.dtype, valid: bool) -> None:
+def test_results_and_gradients_are_as_accurate_as_asked(
+    backend: str, shape: AttentionShape, dtype: torch.dtype, valid: bool
+) -> None:
     if valid:  # of the first four samples each lacks something; the fifth has several valid queries and keys
         shape = shape._replace(batch=5)
     inputs = attention_inputs(shape, dtype, bias=valid, valid=valid, poison=valid)
-    assert_as_accurate(inputs, "cpp", scale=0.4 if valid else None)
+    assert_as_accurate(inputs, backend, scale=0.4 if valid else None)
 
 
 @NEEDS_CPP
@@ -128,7 +150,7 @@ def test_so_many_keys_that_a_tile_gets_smaller() -> None:
 def test_the_lesser_instruction_sets_are_as_accurate(isa: str) -> None:
     if backend_info()["isa"] in ("base", isa) or "SPARSIFY_ISA" in os.environ:
         pytest.skip(f"{isa} is what the other tests ran on, or more than this machine has")
-    chosen = "are_as_accurate_as_asked or tile_gets_smaller or every_half or rounds or batch_mates"
+    chosen = "not triton and (as_accurate_as_asked or tile_gets_smaller or every_half or rounds or batch_mates)"
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__)), "-k", chosen],
         env=os.environ | {"SPARSIFY_ISA": isa},
