@@ -58,9 +58,9 @@ def run(args: list[Tensor | None], scale: float | None = None, wanted: list[bool
     return received, output, lse, *grads
 
 
-def assert_like_reference(got: tuple[Tensor, ...], args: list[Tensor | None]) -> None:
-    want = reference.attention_scores(*args, None)
-    want += reference.attention_scores_backward(*gradients_for(*want[:2]), *args, *want[1:], None, ALL)
+def assert_like_reference(got: tuple[Tensor, ...], args: list[Tensor | None], scale: float | None = None) -> None:
+    want = reference.attention_scores(*args, scale)
+    want += reference.attention_scores_backward(*gradients_for(*want[:2]), *args, *want[1:], scale, ALL)
     for ours, theirs in zip(got, want, strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -246,7 +246,8 @@ def test_batch_mates_and_repetition_change_no_bit(shape: AttentionShape, dtype: 
 )
 def test_sizes_at_the_edge(shape: AttentionShape, valid: bool) -> None:
     args = arguments(shape._replace(batch=4 if valid else shape.batch), bias=valid, valid=valid)
-    assert_like_reference(run(args), args)
+    scale = -0.7 if valid else None
+    assert_like_reference(run(args, scale), args, scale)
 
 
 @pytest.mark.parametrize(("dtype", "dim", "value_dim"), [(torch.float64, 4, 4), (torch.float32, 129, 1)])
@@ -329,13 +330,28 @@ def test_nan_at_dead_places_reaches_nothing(shape: AttentionShape) -> None:
 
 @PASSES
 @pytest.mark.filterwarnings("ignore:All-NaN slice")  # NumPy's, under the interpreter
-def test_nan_at_a_valid_position_shows_in_its_sample_alone(shape: AttentionShape) -> None:
+@pytest.mark.parametrize("which", [0, 1], ids=["query", "key"])
+def test_nan_at_a_valid_position_shows_in_its_sample_alone(shape: AttentionShape, which: int) -> None:
+    """And there not at what is invalid: query 3 and key 4."""
     args = arguments(shape)
-    args[0][1, 0, 2, 0] = torch.nan
+    args[4] = torch.arange(shape.queries, device=DEVICE).ne(3).expand(3, -1)
+    args[5] = torch.arange(shape.keys, device=DEVICE).ne(4).expand(3, -1)
+    args[which][1, 0, 2, 0] = torch.nan
     received, output, lse, *grads = run(args)
-    assert received[1].isnan().all()
+    seen = args[5][1]
+    assert received[1, seen].isnan().all()
     assert output[1, 0, 2].isnan().all()
     assert lse[1, 0, 2].isnan()
     assert all(g[1].isnan().any() for g in grads[:3])
+    assert lse[1, 0, 3] == torch.inf
+    for hidden in (
+        received[1, 4],
+        output[1, 0, 3],
+        grads[0][1, 0, 3],
+        grads[1][1, 0, 4],
+        grads[2][1, 0, 4],
+        grads[3][1, 4],
+    ):
+        assert hidden.eq(0).all()
     for t in (received, output, *grads):
         assert t[[0, 2]].isfinite().all()
