@@ -181,7 +181,6 @@ def test_nothing_outside_is_read_or_written(
     shape: AttentionShape, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = arguments(shape, dtype, bias=True, valid=True)
-    want = run(args)
     around = [guarded(t).tensor if t is not None and t.is_floating_point() else t for t in args]
     buffers = []
     new_empty = torch.Tensor.new_empty
@@ -192,15 +191,16 @@ def test_nothing_outside_is_read_or_written(
         buffers.append(guarded(torch.zeros(size, dtype=dtype or like.dtype, device=like.device)))
         return buffers[-1].tensor
 
-    grads = [guarded(g).tensor for g in gradients_for(*want[:2])]
-    monkeypatch.setattr(torch.Tensor, "new_empty", allocate)
-    monkeypatch.setattr(torch, "empty_like", lambda x: allocate(x, x.shape))
-    forward = FORWARD(*around, None)
-    backward = BACKWARD(*grads, *around, *forward[1:], None, ALL)
-    assert_same((*forward, *backward), want)
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.Tensor, "new_empty", allocate)
+        patch.setattr(torch, "empty_like", lambda x: allocate(x, x.shape))
+        forward = FORWARD(*around, None)
+        grads = [guarded(g).tensor for g in gradients_for(*forward[:2])]
+        backward = BACKWARD(*grads, *around, *forward[1:], None, ALL)
     assert len(buffers) >= 12
     for buffer in buffers:
         buffer.check()
+    assert_same((*forward, *backward), run(args))
 
 
 def test_offsets_beyond_two_to_the_31() -> None:
