@@ -389,7 +389,7 @@ _DEMO = Config(
     text=TextConfig(dim=128, layers=1, dropout=0.0),
     mask=MaskConfig(epochs=(0, -1)),
     fusion=FusionConfig(dim=128, adapter_latents=4, adapter_dim=32, layers=1, dropout=0.0),
-    train=TrainConfig(epochs=6, videos=24, lr=1e-3, encoder_lr=1e-3, muon=3.0, matching=1.0, precision="fp32"),
+    train=TrainConfig(epochs=7, videos=24, lr=1e-3, encoder_lr=1e-3, muon=3.0, matching=1.0, precision="fp32"),
 )
 
 PRESETS: dict[str, Config] = {
