@@ -224,7 +224,7 @@ class TestKeepAt:
 
     def test_the_presets(self):
         assert self.keeps(PAPER) == [0.5] * 3 + [1.0] * 12
-        assert self.keeps(DEMO) == [0.5] * 5 + [1.0] * 2
+        assert self.keeps(DEMO) == [0.5] * 6 + [1.0]
 
 
 class TestJson:
