@@ -112,7 +112,8 @@ class Draw {
   // Samples begin..end of index [B, K].
   void operator()(int64_t begin, int64_t end, int64_t* index) const {
     const auto keys = std::make_unique<uint32_t[]>(static_cast<size_t>(units_));
-    const auto row = std::make_unique<int32_t[]>(static_cast<size_t>(units_) + 64);
+    constexpr size_t kWidestBlock = 64;  // numbers in four vectors of AVX-512
+    const auto row = std::make_unique<int32_t[]>(static_cast<size_t>(units_) + kWidestBlock);
     const auto found = std::make_unique<int64_t[]>(static_cast<size_t>(kept_) + 1);
     for (int64_t b = begin; b < end; ++b) {
       const uint64_t seed = static_cast<uint64_t>(seeds_[b * seed_stride_]);

@@ -17,49 +17,13 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-__all__ = [
-    "INTERPRETED",
-    "RANK_BLOCKS",
-    "SUM_BLOCKS",
-    "narrowed",
-    "rank_programs",
-    "rank_rows",
-    "sum_rows",
-    "value_blocks",
-    "widened",
-]
+from sparsify_kernels._floats_triton import INTERPRETED, narrowed, widened
 
-# Triton's interpreter computes with the bits of a bf16 as if they were an integer: there, numbers are widened as soon
-# as they are loaded, and rounded by hand.
-INTERPRETED = tl.constexpr(bool(triton.knobs.runtime.interpret))
+__all__ = ["RANK_BLOCKS", "SUM_BLOCKS", "rank_programs", "rank_rows", "sum_rows", "value_blocks"]
 
 # Smaller under the interpreter, so that small inputs, which it is fast enough for, take several blocks.
 RANK_BLOCKS = {"QUERIES": 16, "BLOCK": 16} if INTERPRETED else {"QUERIES": 32, "BLOCK": 64}
 SUM_BLOCKS = {"ROWS": 4, "BLOCK": 32} if INTERPRETED else {"ROWS": 8, "BLOCK": 256}
-
-
-@triton.jit
-def widened(b_x):
-    """Half precision as fp32; fp32 and fp64 as they are."""
-    if b_x.dtype == tl.bfloat16 and INTERPRETED:
-        b_wide = (b_x.to(tl.int16, bitcast=True).to(tl.int32) << 16).to(tl.float32, bitcast=True)
-    elif b_x.dtype == tl.float64:
-        b_wide = b_x
-    else:
-        b_wide = b_x.to(tl.float32)
-    return b_wide
-
-
-@triton.jit
-def narrowed(b_x, dtype: tl.constexpr):
-    """``b_x`` rounded to ``dtype``, to nearest, ties to even."""
-    if dtype == tl.bfloat16 and INTERPRETED:
-        b_bits = b_x.to(tl.int32, bitcast=True)
-        b_bits = tl.where(b_x == b_x, b_bits + 0x7FFF + ((b_bits >> 16) & 1), 0x7FC00000)
-        b_narrow = (b_bits >> 16).to(tl.int16).to(tl.bfloat16, bitcast=True)
-    else:
-        b_narrow = b_x.to(dtype)
-    return b_narrow
 
 
 @triton.jit

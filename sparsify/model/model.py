@@ -127,8 +127,7 @@ class SparsifyModel(nn.Module):
 
     def answer(self, tokens: SuperTokens, questions: Questions) -> Tensor:
         """Logits fp32 [Q, 42] of questions about encoded videos."""
-        words, valid = self._words(questions)
-        return self.head(words, valid, questions, tokens, self.concepts(tokens))
+        return self._judge(tokens, questions, None).answer
 
     def forward(
         self, video: Video, questions: Questions, masking: Masking | None = None, label: Tensor | None = None
@@ -136,19 +135,16 @@ class SparsifyModel(nn.Module):
         """``answer(encode(video, masking), questions)``; in training, with the true answers ``label`` int64 [Q], these
         logits and those of the matching.
         """
-        tokens = self.encode(video, masking)
-        if label is None:
-            return self.answer(tokens, questions)
-        words, valid = self._words(questions)
-        concepts = self.concepts(tokens)
+        judged = self._judge(self.encode(video, masking), questions, label)
+        return judged.answer if label is None else judged
+
+    def _judge(self, tokens: SuperTokens, questions: Questions, label: Tensor | None) -> TrainingLogits:
+        hidden, valid = self.text(questions.tokens, questions.valid)
+        words, concepts = self.words(hidden), self.concepts(tokens)
         logits = self.head(words, valid, questions, tokens, concepts)
-        if self.matching is None:
+        if label is None or self.matching is None:
             return TrainingLogits(logits, None)
         return TrainingLogits(logits, self.matching(words, valid, label, concepts))
-
-    def _words(self, questions: Questions) -> tuple[Tensor, Tensor]:
-        words, valid = self.text(questions.tokens, questions.valid)
-        return self.words(words), valid
 
     def encoder_parameters(self) -> Iterator[nn.Parameter]:
         """The parameters that ``train.encoder_lr`` is for: Swin-V2, HTS-AT, and a Hugging Face text encoder."""

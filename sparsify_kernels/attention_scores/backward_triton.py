@@ -13,7 +13,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparsify_kernels.attention_scores.tiles_triton import LOG2E, exponential, load_tile, narrowed, operand, seen_keys
+from sparsify_kernels._floats_triton import narrowed
+from sparsify_kernels.attention_scores.tiles_triton import LOG2E, exponential, load_tile, operand, seen_keys
 
 __all__ = ["exact_row_sums", "grad_keys", "grad_queries", "row_sums"]
 

@@ -10,7 +10,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from sparsify_kernels.attention_scores.tiles_triton import LN2, exponential, load_tile, narrowed, operand, seen_keys
+from sparsify_kernels._floats_triton import narrowed
+from sparsify_kernels.attention_scores.tiles_triton import LN2, exponential, load_tile, operand, seen_keys
 
 __all__ = ["attend", "attend_once", "receive"]
 

@@ -13,21 +13,19 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from sparsify_kernels._floats_triton import INTERPRETED
+
 __all__ = [
-    "INTERPRETED",
     "LN2",
     "LOG2E",
     "exponential",
     "load_tile",
-    "narrowed",
     "operand",
     "over_heads",
     "prepare",
     "seen_keys",
 ]
 
-# The interpreter multiplies bf16 as the integers it keeps them in: there, everything is widened when it is loaded.
-INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -42,16 +40,6 @@ def operand(b_x, like):
 def exponential(b_x, EXACT: tl.constexpr):
     """exp of differences of logits, EXACT: natural ones."""
     return tl.exp(b_x) if EXACT else tl.exp2(b_x)
-
-
-@triton.jit
-def narrowed(b_x, dtype: tl.constexpr):
-    """``b_x`` fp32 rounded to ``dtype``; the interpreter cuts bf16 off instead."""
-    if INTERPRETED and dtype == tl.bfloat16:
-        b_bits = b_x.to(tl.int32, bitcast=True)
-        b_bits = (b_bits + 0x7FFF + ((b_bits >> 16) & 1)) & -65536
-        b_x = tl.where(b_x == b_x, b_bits.to(tl.float32, bitcast=True), b_x)
-    return b_x.to(dtype)
 
 
 @triton.jit

@@ -12,10 +12,11 @@ import torch
 import triton
 from torch import Tensor
 
+from sparsify_kernels._floats_triton import INTERPRETED
 from sparsify_kernels.attention_scores import reference
 from sparsify_kernels.attention_scores.backward_triton import exact_row_sums, grad_keys, grad_queries, row_sums
 from sparsify_kernels.attention_scores.forward_triton import attend, attend_once, receive
-from sparsify_kernels.attention_scores.tiles_triton import INTERPRETED, LOG2E, over_heads, prepare
+from sparsify_kernels.attention_scores.tiles_triton import LOG2E, over_heads, prepare
 
 __all__ = ["TARGETS", "attention_scores", "attention_scores_backward"]
 

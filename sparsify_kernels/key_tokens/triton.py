@@ -21,16 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from sparsify_kernels._segments_triton import (
-    INTERPRETED,
-    RANK_BLOCKS,
-    SUM_BLOCKS,
-    rank_programs,
-    rank_rows,
-    sum_rows,
-    value_blocks,
-    widened,
-)
+from sparsify_kernels._floats_triton import INTERPRETED, widened
+from sparsify_kernels._segments_triton import RANK_BLOCKS, SUM_BLOCKS, rank_programs, rank_rows, sum_rows, value_blocks
 from sparsify_kernels.key_tokens import reference
 from sparsify_kernels.random_mask.triton import as_integers
 

@@ -28,17 +28,8 @@ import triton.language as tl
 from torch import Tensor
 
 from sparsify_kernels._checks import InvalidValue
-from sparsify_kernels._segments_triton import (
-    INTERPRETED,
-    RANK_BLOCKS,
-    SUM_BLOCKS,
-    narrowed,
-    rank_programs,
-    rank_rows,
-    sum_rows,
-    value_blocks,
-    widened,
-)
+from sparsify_kernels._floats_triton import INTERPRETED, narrowed, widened
+from sparsify_kernels._segments_triton import RANK_BLOCKS, SUM_BLOCKS, rank_programs, rank_rows, sum_rows, value_blocks
 from sparsify_kernels.merge_tokens import reference
 
 __all__ = ["TARGETS", "merge_tokens", "merge_tokens_backward"]

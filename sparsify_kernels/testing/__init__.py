@@ -53,7 +53,7 @@ from sparsify_kernels.testing.shapes import (
     KeyShape,
     MergeShape,
 )
-from sparsify_kernels.testing.traces import MEMORY_OPS, Traced, traced
+from sparsify_kernels.testing.traces import MEMORY_OPS, RecordedOps, Traced, traced
 
 __all__ = [
     "ATTENTION_SHAPES",
@@ -66,6 +66,7 @@ __all__ = [
     "Guarded",
     "KeyShape",
     "MergeShape",
+    "RecordedOps",
     "Traced",
     "assert_accurate",
     "assert_alone",

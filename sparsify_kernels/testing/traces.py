@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from torch.utils._python_dispatch import TorchDispatchMode
+
 from sparsify_kernels._registry import NAMESPACE
 
-__all__ = ["MEMORY_OPS", "Traced", "traced"]
+__all__ = ["MEMORY_OPS", "RecordedOps", "Traced", "traced"]
 
 # What a kernel written in C++ or Triton leaves in a trace: outputs, zeros, copies of inputs in another layout.
 MEMORY_OPS = frozenset(
@@ -16,6 +18,19 @@ MEMORY_OPS = frozenset(
         "zero_", "fill_", "resize_", "as_strided",
     )
 )  # fmt: skip
+
+
+class RecordedOps(TorchDispatchMode):
+    """``with RecordedOps() as ops: ...``: ``ops.names`` are the operations that reached the dispatcher, in order, as
+    ``aten::new_empty``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(func.name().split(".")[0])
+        return func(*args, **(kwargs or {}))
 
 
 class Traced(NamedTuple):

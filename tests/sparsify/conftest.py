@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -81,6 +82,18 @@ def tiny_root(tiny_files: Path, tmp_path: Path) -> DataRoot:
 def cache_folder(tmp_path_factory: pytest.TempPathFactory, tiny_files: Path) -> Path:
     """Decoded clips, shared by all tests."""
     return tiny_files / "cache"
+
+
+@pytest.fixture
+def run(tiny_config: Config, tiny_root: DataRoot, cache_folder: Path, tmp_path: Path) -> Callable[..., dict[str, Any]]:
+    """``train`` into a folder of the test's own, by name."""
+    from sparsify.training import train
+
+    def go(name: str = "run", config: Config | None = tiny_config, **options: Any) -> dict[str, Any]:
+        options.setdefault("progress", False)
+        return train(config, tiny_root, tmp_path / name, cache_folder=cache_folder, **options)
+
+    return go
 
 
 @pytest.fixture

@@ -17,10 +17,10 @@ from safetensors.torch import load_file
 
 from sparsify.config import Config
 from sparsify.data.music_avqa import DataRoot
-from sparsify.errors import CheckpointError, DataError, TrainingError, UsageError
+from sparsify.errors import CheckpointError, TrainingError
 from sparsify.model import SparsifyModel
 from sparsify.model.fusion import AnswerHead
-from sparsify.training import InterruptedRun, evaluate, read_metrics, train
+from sparsify.training import InterruptedRun, evaluate, read_metrics
 from sparsify.training import trainer as trainer_module
 from sparsify.training.loading import epoch_order, share, step_seed
 from sparsify.training.trainer import Trainer
@@ -30,17 +30,6 @@ ORDER = [1, 4, 0, 2, 7, 6, 5, 3]
 STEP_SEED = 5259706952898591335
 STEPS = 3  # an epoch of 8 videos, 3 a step
 Run = Callable[..., dict[str, Any]]
-
-
-@pytest.fixture
-def run(tiny_config: Config, tiny_root: DataRoot, cache_folder: Path, tmp_path: Path) -> Run:
-    """``train`` into a folder of the test's own, by name."""
-
-    def go(name: str = "run", config: Config | None = tiny_config, **options: Any) -> dict[str, Any]:
-        options.setdefault("progress", False)
-        return train(config, tiny_root, tmp_path / name, cache_folder=cache_folder, **options)
-
-    return go
 
 
 def same_weights(a: Path, b: Path) -> bool:
@@ -307,51 +296,6 @@ def test_a_loss_that_is_not_a_number_names_step_and_videos_and_keeps_the_checkpo
     assert all(w.isfinite().all() for w in weights.values() if w.is_floating_point())
     assert json.loads((tmp_path / "run" / "last" / "training.json").read_text())["epoch"] == 1
     assert not (tmp_path / "run" / "run.lock").exists()
-
-
-def test_a_folder_that_holds_a_run_is_refused_and_untouched(run: Run, tmp_path: Path) -> None:
-    with pytest.raises(InterruptedRun):
-        run(stop_after=1)
-    before = {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    with pytest.raises(UsageError, match="already holds a run"):
-        run()
-    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "run").rglob("*") if p.is_file()} == before
-
-
-def test_a_run_that_cannot_start_leaves_no_folder(run: Run, tiny_root: DataRoot, tmp_path: Path) -> None:
-    (tiny_root.root / "annotations" / "avqa-val.json").unlink()
-    with pytest.raises(DataError, match=r"avqa-val\.json: no such annotation file"):
-        run()
-    assert not (tmp_path / "run").exists()
-
-
-def test_resume_refuses_other_data(run: Run, tiny_root: DataRoot, tiny_config: Config, tmp_path: Path) -> None:
-    with pytest.raises(InterruptedRun):
-        run(stop_after=1)
-    path = tiny_root.annotation_path("train")
-    path.write_text(json.dumps(json.loads(path.read_text())[:-1]))
-    with pytest.raises(UsageError, match=r"avqa-train\.json: fingerprint \w+, but the run to resume used"):
-        train(tiny_config, DataRoot(tiny_root.root), tmp_path / "run", resume=True, progress=False)
-
-
-def test_broken_videos_are_skipped_and_counted(run: Run, tiny_root: DataRoot, tmp_path: Path) -> None:
-    broken = {name: next(iter(tiny_root.split(name).videos)) for name in ("train", "val", "test")}
-    for video in broken.values():
-        path = tiny_root.video_path(video)
-        path.unlink()
-        path.write_bytes(b"")
-    results = run(progress=False)
-    for name, video in broken.items():
-        assert list(results["splits"][name]["skipped"]) == [video]
-    assert [line["questions"] for line in results["history"]] == [21, 21, 21]
-    assert (results["evaluation"]["unmasked"]["scored"], results["evaluation"]["unmasked"]["asked"]) == (3, 6)
-
-
-def test_without_a_readable_training_video_the_run_says_why(run: Run, tiny_root: DataRoot, tmp_path: Path) -> None:
-    for video in tiny_root.split("train").videos:
-        tiny_root.video_path(video).unlink()
-    with pytest.raises(DataError, match=r"avqa-train\.json: none of the 8 videos can be read \(.*00000000"):
-        run()
 
 
 def test_init_starts_from_a_checkpoint_s_weights(run: Run, tiny_config: Config, tmp_path: Path) -> None:

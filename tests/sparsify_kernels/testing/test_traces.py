@@ -9,13 +9,13 @@ import pytest
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsify_kernels import _registry, attention_scores, gather_tokens, merge_tokens, random_mask
 from sparsify_kernels.nn import AdaptiveSparseMerging
 from sparsify_kernels.testing import (
     AttentionShape,
     MergeShape,
+    RecordedOps,
     assert_compiles,
     attention_inputs,
     attention_scores_eager,
@@ -27,18 +27,6 @@ NEEDS_CPP = pytest.mark.skipif(not _registry.has_cpp("random_mask"), reason="the
 # Gradients are handed over and, where a leaf has one, added.
 HANDED_OVER = {"aten::detach", "aten::new_empty_strided", "aten::copy_", "aten::clone", "aten::add_", "aten::view"}
 HOST_SYNCS = {"aten::item", "aten::_local_scalar_dense", "aten::nonzero", "aten::equal", "aten::is_nonzero"}
-
-
-class Recorded(TorchDispatchMode):
-    """The operations that reach the dispatcher."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func.name().split(".")[0])
-        return func(*args, **(kwargs or {}))
 
 
 def profiled(run: Callable[[], Any]) -> Any:
@@ -86,7 +74,7 @@ def test_every_backward_is_among_them() -> None:
 def test_a_backward_is_one_kernel_and_nothing_computed_around_it(kernel: str) -> None:
     outputs = FORWARD[kernel]()
     slopes = [torch.ones_like(t) for t in outputs]
-    with Recorded() as recorded:
+    with RecordedOps() as recorded:
         torch.autograd.backward(outputs, slopes)
     ours = [name for name in recorded.names if name.startswith("sparsify_kernels::")]
     assert ours == [f"sparsify_kernels::{kernel}"]
@@ -97,7 +85,7 @@ def test_a_backward_that_computes_is_seen() -> None:
     inputs = attention_inputs(AttentionShape(1, 1, 4, 5, 3, 2))
     outputs = attention_scores_eager(**{n: leaf(t) for n, t in inputs.items() if t is not None})
     slopes = [torch.ones_like(t) for t in outputs]
-    with Recorded() as recorded:
+    with RecordedOps() as recorded:
         torch.autograd.backward(outputs, slopes)
     assert not set(recorded.names) <= HANDED_OVER
 
