@@ -13,18 +13,21 @@ from sparsify_kernels.attention_scores.op import AttentionScores, attention_scor
 from sparsify_kernels.key_tokens.op import KeyTokens, gather_tokens, key_tokens
 from sparsify_kernels.merge_tokens.op import MergedTokens, merge_tokens
 from sparsify_kernels.random_mask.op import RandomMask, random_mask
+from sparsify_kernels.window_attention.op import Windows, window_attention
 
 __all__ = [
     "AttentionScores",
     "KeyTokens",
     "MergedTokens",
     "RandomMask",
+    "Windows",
     "attention_scores",
     "backend_info",
     "gather_tokens",
     "key_tokens",
     "merge_tokens",
     "random_mask",
+    "window_attention",
 ]
 
 __version__ = "0.1.0"

@@ -28,7 +28,7 @@ from sparsify_kernels.testing.asserts import (
     assert_compiles,
     assert_same,
 )
-from sparsify_kernels.testing.eager import attention_scores_eager, merge_tokens_eager
+from sparsify_kernels.testing.eager import attention_scores_eager, merge_tokens_eager, window_attention_eager
 from sparsify_kernels.testing.inputs import (
     LAYOUTS,
     SCORE_KINDS,
@@ -37,6 +37,7 @@ from sparsify_kernels.testing.inputs import (
     merge_keys,
     relayout,
     score_inputs,
+    window_inputs,
 )
 from sparsify_kernels.testing.memory import Guarded, guarded, guarded_memory, peak_memory, poisoned_memory
 from sparsify_kernels.testing.oracles import (
@@ -44,14 +45,17 @@ from sparsify_kernels.testing.oracles import (
     gather_tokens_oracle,
     key_tokens_oracle,
     merge_tokens_oracle,
+    window_attention_oracle,
 )
 from sparsify_kernels.testing.shapes import (
     ATTENTION_SHAPES,
     KEY_SHAPES,
     MERGE_SHAPES,
+    WINDOW_SHAPES,
     AttentionShape,
     KeyShape,
     MergeShape,
+    WindowShape,
 )
 from sparsify_kernels.testing.traces import MEMORY_OPS, RecordedOps, Traced, traced
 
@@ -62,12 +66,14 @@ __all__ = [
     "MEMORY_OPS",
     "MERGE_SHAPES",
     "SCORE_KINDS",
+    "WINDOW_SHAPES",
     "AttentionShape",
     "Guarded",
     "KeyShape",
     "MergeShape",
     "RecordedOps",
     "Traced",
+    "WindowShape",
     "assert_accurate",
     "assert_alone",
     "assert_assignment",
@@ -89,4 +95,7 @@ __all__ = [
     "relayout",
     "score_inputs",
     "traced",
+    "window_attention_eager",
+    "window_attention_oracle",
+    "window_inputs",
 ]

@@ -6,12 +6,16 @@ autograd derives here.
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from sparsify_kernels.attention_scores.op import AttentionScores
+from sparsify_kernels.window_attention.op import Windows
 
-__all__ = ["attention_scores_eager", "merge_tokens_eager"]
+__all__ = ["attention_scores_eager", "merge_tokens_eager", "window_attention_eager"]
 
 
 def attention_scores_eager(
@@ -62,3 +66,26 @@ def merge_tokens_eager(x: Tensor, assign: Tensor, slots: int, weight: Tensor | N
     total = x.new_zeros(batch * slots, dim).index_add(0, flat, rows)
     mean = total / size.masked_fill(size == 0, 1)[:, None]
     return mean.view(batch, slots, dim), size.view(batch, slots)
+
+
+def window_attention_eager(
+    qkv: Tensor, bias: Tensor, windows: Windows, *, scale: Tensor | None = None, cosine: bool = False
+) -> Tensor:
+    """``window_attention`` one window after the other, each as small as it is, every step in the dtype of qkv."""
+    width = (bias.shape[2] + 1) // 2
+    factor = scale if scale is not None else qkv.new_tensor(1.0 if cosine else qkv.shape[3] ** -0.5)
+    start = windows.start.tolist()
+    outputs = [qkv.new_empty((0, *qkv.shape[2:]))]
+    for part in (slice(*pair) for pair in pairwise(start)):
+        q, k, v = qkv[windows.member[part]].permute(1, 2, 0, 3)  # [H, n, d]
+        if cosine:
+            q, k = F.normalize(q, dim=-1), F.normalize(k, dim=-1)
+        row, column = windows.place[part] // width, windows.place[part] % width
+        down = row[:, None] - row[None, :] + bias.shape[1] // 2
+        across = column[:, None] - column[None, :] + bias.shape[2] // 2
+        logits = q @ k.transpose(1, 2) * factor.to(q.dtype).view(-1, 1, 1) + bias[:, down, across].to(q.dtype)
+        if windows.region is not None:
+            region = windows.region[part]
+            logits = logits - 100.0 * (region[:, None] != region[None, :]).to(q.dtype)
+        outputs.append((logits.softmax(-1) @ v).transpose(0, 1))
+    return torch.cat(outputs)[windows.member.argsort()]

@@ -9,9 +9,19 @@ import torch
 from torch import Tensor
 
 from sparsify_kernels.key_tokens.op import KeyTokens
-from sparsify_kernels.testing.shapes import AttentionShape, KeyShape, MergeShape
+from sparsify_kernels.testing.shapes import AttentionShape, KeyShape, MergeShape, WindowShape
+from sparsify_kernels.window_attention.op import Windows
 
-__all__ = ["LAYOUTS", "SCORE_KINDS", "attention_inputs", "merge_inputs", "merge_keys", "relayout", "score_inputs"]
+__all__ = [
+    "LAYOUTS",
+    "SCORE_KINDS",
+    "attention_inputs",
+    "merge_inputs",
+    "merge_keys",
+    "relayout",
+    "score_inputs",
+    "window_inputs",
+]
 
 LAYOUTS = ("contiguous", "permuted", "strided", "offset")
 
@@ -150,6 +160,42 @@ def merge_inputs(
         "keys": KeyTokens(relayout(keys.index.to(device), layout), relayout(keys.count.to(device), layout)),
         "weight": None if w is None else relayout(w.to(device=device, dtype=accumulation), layout),
         "valid": None if mask is None else relayout(mask.to(device), layout),
+    }
+
+
+def window_inputs(
+    shape: WindowShape,
+    dtype: torch.dtype = torch.float32,
+    *,
+    device: str | torch.device = "cpu",
+    scale: bool = False,
+    region: bool = False,
+    cosine: bool = False,
+    layout: str = "contiguous",
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Keyword arguments of ``window_attention``: tokens at random places of random windows, in random order."""
+    g = torch.Generator().manual_seed(seed)
+    tokens, windows, height, width, heads, dim = shape
+    places = height * width
+    qkv = torch.randn((tokens, 3, heads, dim), generator=g, dtype=torch.float64)
+    bias = torch.randn((heads, 2 * height - 1, 2 * width - 1), generator=g, dtype=torch.float64)
+    factor = torch.rand((heads,), generator=g, dtype=torch.float64) + 0.5 if scale else None
+    cells = torch.randperm(windows * places, generator=g)[:tokens].sort().values
+    start = torch.searchsorted(cells, torch.arange(windows + 1) * places)
+    parts = torch.randint(0, 3, (tokens,), generator=g) if region else None
+    member = torch.randperm(tokens, generator=g)
+    accumulation = torch.float64 if dtype == torch.float64 else torch.float32
+
+    def place(t: Tensor | None, to: torch.dtype = torch.int64) -> Any:
+        return None if t is None else relayout(t.to(device=device, dtype=to), layout)
+
+    return {
+        "qkv": place(qkv, dtype),
+        "bias": place(bias, accumulation),
+        "windows": Windows(place(member), place(start), place(cells % places), place(parts)),
+        "scale": place(factor, accumulation),
+        "cosine": cosine,
     }
 
 

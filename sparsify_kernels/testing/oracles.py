@@ -7,6 +7,7 @@ Each has the signature and the result of the public function, in fp64, so that a
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -15,8 +16,15 @@ from torch import Tensor
 from sparsify_kernels.attention_scores.op import AttentionScores
 from sparsify_kernels.key_tokens.op import KeyTokens
 from sparsify_kernels.merge_tokens.op import MergedTokens
+from sparsify_kernels.window_attention.op import Windows
 
-__all__ = ["attention_scores_oracle", "gather_tokens_oracle", "key_tokens_oracle", "merge_tokens_oracle"]
+__all__ = [
+    "attention_scores_oracle",
+    "gather_tokens_oracle",
+    "key_tokens_oracle",
+    "merge_tokens_oracle",
+    "window_attention_oracle",
+]
 
 
 def attention_scores_oracle(
@@ -144,6 +152,37 @@ def _most_similar(metric: list[list[float]], token: int, key: list[int]) -> int:
         if similarity > best:
             best, best_slot = similarity, slot
     return best_slot
+
+
+def window_attention_oracle(
+    qkv: Tensor, bias: Tensor, windows: Windows, *, scale: Tensor | None = None, cosine: bool = False
+) -> Tensor:
+    """``window_attention`` one pair of tokens at a time."""
+    tokens, _, heads, dim = qkv.shape
+    width = (bias.shape[2] + 1) // 2
+    rows, table = _numbers(qkv), _numbers(bias)
+    factors = [1.0 if cosine else dim**-0.5] * heads if scale is None else _numbers(scale)
+    output = torch.zeros((tokens, heads, dim), dtype=torch.float64)
+    member, start, place = windows.member.tolist(), windows.start.tolist(), windows.place.tolist()
+    region = [0] * tokens if windows.region is None else windows.region.tolist()
+    for begin, end in pairwise(start):
+        for h in range(heads):
+            for i in range(begin, end):
+                logits = []
+                for j in range(begin, end):
+                    q, k = rows[member[i]][0][h], rows[member[j]][1][h]
+                    dot = math.fsum(a * b for a, b in zip(q, k, strict=True))
+                    if cosine:
+                        dot /= max(math.hypot(*q), 1e-12) * max(math.hypot(*k), 1e-12)
+                    down = place[i] // width - place[j] // width + bias.shape[1] // 2
+                    across = place[i] % width - place[j] % width + bias.shape[2] // 2
+                    apart = -100.0 if region[i] != region[j] else 0.0
+                    logits.append(factors[h] * dot + table[h][down][across] + apart)
+                weights = [math.exp(logit - max(logits)) for logit in logits]
+                for j, weight in zip(range(begin, end), weights, strict=True):
+                    value = torch.tensor(rows[member[j]][2][h], dtype=torch.float64)
+                    output[member[i], h] += weight / math.fsum(weights) * value
+    return output.to(qkv.device)
 
 
 def _quartile(ranked: list[float], q: float) -> float:

@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-__all__ = ["ATTENTION_SHAPES", "KEY_SHAPES", "MERGE_SHAPES", "AttentionShape", "KeyShape", "MergeShape"]
+__all__ = [
+    "ATTENTION_SHAPES",
+    "KEY_SHAPES",
+    "MERGE_SHAPES",
+    "WINDOW_SHAPES",
+    "AttentionShape",
+    "KeyShape",
+    "MergeShape",
+    "WindowShape",
+]
 
 
 class AttentionShape(NamedTuple):
@@ -33,6 +42,17 @@ class MergeShape(NamedTuple):
     slots: int
     dim: int
     metric_dim: int
+
+
+class WindowShape(NamedTuple):
+    """Tokens, windows, places down and across a window, heads, width of a head."""
+
+    tokens: int
+    windows: int
+    height: int
+    width: int
+    heads: int
+    dim: int
 
 
 ATTENTION_SHAPES = (
@@ -71,4 +91,15 @@ MERGE_SHAPES = (
     MergeShape(2, 33, 1, 17, 3),  # all tokens to one key
     MergeShape(0, 9, 2, 4, 4),
     MergeShape(2, 0, 1, 4, 4),
+)
+
+WINDOW_SHAPES = (
+    WindowShape(40, 5, 4, 4, 2, 8),  # half of the places
+    WindowShape(1, 1, 1, 1, 1, 1),
+    WindowShape(64, 1, 8, 8, 3, 32),  # all places
+    WindowShape(63, 2, 8, 8, 1, 24),
+    WindowShape(3, 41, 2, 3, 2, 5),  # most windows empty
+    WindowShape(17, 2, 1, 11, 1, 7),  # primes, a window of one row
+    WindowShape(130, 1, 12, 12, 2, 33),  # one above a block of 128
+    WindowShape(0, 3, 2, 2, 2, 4),  # no tokens
 )

@@ -16,7 +16,7 @@ from typing import Any
 from hypothesis import HealthCheck, Phase, given, seed, settings
 
 from sparsify_kernels import _registry
-from sparsify_kernels.testing.fuzz import attention_scores, key_tokens, merge_tokens, random_mask
+from sparsify_kernels.testing.fuzz import attention_scores, key_tokens, merge_tokens, random_mask, window_attention
 from sparsify_kernels.testing.fuzz.parts import Kernels, check
 
 __all__ = ["CASES", "again", "fuzz"]
@@ -26,6 +26,7 @@ CASES: dict[str, Any] = {
     "attention_scores": attention_scores.Case,
     "key_tokens": key_tokens.Case,
     "merge_tokens": merge_tokens.Case,
+    "window_attention": window_attention.Case,
 }
 
 

@@ -23,15 +23,18 @@ def test_every_op_is_fuzzed() -> None:
     assert set(CASES) == {op for op in _registry.TO_COME if _registry.kernels_of(op)}
 
 
+IN_CPP = [op for op in CASES if "cpp" not in _registry.TO_COME[op]]
+
+
 @NEEDS_CPP
-@pytest.mark.parametrize("op", CASES)
+@pytest.mark.parametrize("op", IN_CPP)
 def test_a_few_cases(op: str) -> None:
     fuzz(op, 20)
 
 
 @pytest.mark.slow
 @NEEDS_CPP
-@pytest.mark.parametrize("op", CASES)
+@pytest.mark.parametrize("op", IN_CPP)
 def test_cases(op: str) -> None:
     fuzz(op, 500)
 

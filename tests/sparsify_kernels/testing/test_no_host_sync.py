@@ -17,12 +17,22 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from sparsify_kernels.attention_scores import reference as attention
 from sparsify_kernels.key_tokens import reference as keys
 from sparsify_kernels.merge_tokens import reference as merge
-from sparsify_kernels.testing import AttentionShape, KeyShape, MergeShape, attention_inputs, merge_inputs, score_inputs
+from sparsify_kernels.testing import (
+    AttentionShape,
+    KeyShape,
+    MergeShape,
+    WindowShape,
+    attention_inputs,
+    merge_inputs,
+    score_inputs,
+    window_inputs,
+)
+from sparsify_kernels.window_attention import reference as window
 
 
 @pytest.fixture(autouse=True)
 def _unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (keys, merge):
+    for module in (keys, merge, window):
         monkeypatch.setattr(module, "check_values", lambda device: False)
 
 
@@ -64,3 +74,12 @@ def test_merge_tokens() -> None:
 def test_a_host_sync_would_be_seen() -> None:
     with pytest.raises(DataDependentOutputException):
         on_fakes(lambda x: x.sum().item(), torch.ones(3))
+
+
+def test_window_attention() -> None:
+    inputs = window_inputs(WindowShape(11, 3, 2, 3, 2, 4), scale=True, region=True)
+    args = [inputs["qkv"], inputs["bias"], inputs["scale"], *inputs["windows"]]
+    output, lse = window.window_attention(*args, True)
+    assert on_fakes(window.window_attention, *args, True)[0].shape == output.shape
+    grads = on_fakes(window.window_attention_backward, output, *args, lse, True, [True] * 3)
+    assert [g.shape for g in grads] == [t.shape for t in args[:3]]

@@ -1,0 +1,1 @@
+"""Attention inside windows of packed tokens, however many of them are there."""
