@@ -158,10 +158,52 @@ def test_special_metrics(backend: str, dtype: torch.dtype) -> None:
     spiked[1, keys.index[1, 4]] = torch.nan
     one_small = torch.zeros(2, 60, 48, dtype=torch.float64)
     one_small[..., 0] = signs[..., 0] * small
-    for metric in (signs * 0, signs * 0 + 1, -signs.abs(), signs * small, one_small, spiked):
+    # Only the keys, or only the other tokens, so small that their products are subnormal.
+    key = keys.index[..., None].expand(-1, -1, 48)
+    small_keys = (signs * 2.0**-39).scatter(1, key, signs[:, :20] * 2.0**-100)
+    small_tokens = (signs * 2.0**-100).scatter(1, key, signs[:, :20] * 2.0**-39)
+    equal = (signs * 0, signs * 0 + 1)
+    for metric in (*equal, -signs.abs(), signs * small, one_small, small_keys, small_tokens, spiked):
         m = metric.to(dtype)
         args = (torch.ones(2, 60, 1), m, *keys, None, None)
         assert_same(FORWARD[backend](*args)[2], reference.merge_tokens(*args)[2])
+
+
+@pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_halves_round_to_the_nearest_even(backend: str, dtype: torch.dtype) -> None:
+    """The mean of neighbours, of which half are ties; subnormals and both signs included. So with gradients."""
+    bits = torch.arange(0, 2**15 - 3, dtype=torch.int16)
+    a, b = bits.view(dtype), (bits + 1 + bits % 3).view(dtype)
+    fits = a.isfinite() & b.isfinite()
+    pair = torch.stack((a[fits], b[fits]))
+    x = torch.stack((pair, -pair))
+    keys = torch.zeros(2, 1, dtype=torch.int64), torch.ones(2, dtype=torch.int64)
+    out = FORWARD[backend](x, torch.zeros(2, 2, 1), *keys, None, None)
+    assert_same(out[0], x.float().mean(1, keepdim=True).to(dtype))
+    weight = torch.tensor([[1.5, 0.5]]).expand(2, 2)
+    grad = x[:, :1]
+    dx = BACKWARD[backend](grad, None, None, weight, *out, [True, False])[0]
+    assert_same(dx, (grad.float() * (weight / 2)[..., None]).to(dtype))
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_a_size_whose_reciprocal_is_infinite(backend: str) -> None:
+    x, weight = torch.tensor([[[1.0], [3.0], [5.0]]]), torch.full((1, 3), 2.0**-140)
+    keys = torch.tensor([[0]]), torch.tensor([1])
+    tokens, size, _ = FORWARD[backend](x, x, *keys, weight, None)
+    assert tokens.item() == 3
+    assert size.item() == 3 * 2.0**-140
+
+
+@pytest.mark.parametrize("backend", FAST)
+def test_a_slot_out_of_range_takes_no_gradient(backend: str) -> None:
+    """Sample 0's slot 2 of 2 would be the first of sample 1."""
+    x, tokens, size = torch.ones(2, 3, 2), torch.zeros(2, 2, 2), torch.ones(2, 2)
+    assign = torch.tensor([[0, 2, -1], [0, 1, 2**40]])
+    dx, dw = BACKWARD[backend](tokens + 1, size, x, None, tokens, size, assign, [True, True])
+    assert dx[..., 0].tolist() == dx[..., 1].tolist() == [[1, 0, 0], [1, 1, 0]]
+    assert dw.tolist() == [[3, 0, 0], [3, 3, 0]]
 
 
 @pytest.mark.parametrize("backend", FAST)

@@ -1,0 +1,65 @@
+"""attention_scores, the C++ kernels: the last vector of a chunk, what an earlier sample left behind, one gradient
+alone."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from sparsify_kernels import _registry
+from sparsify_kernels.testing import AttentionShape, assert_same, attention_inputs
+
+FORWARD = _registry.implementations("attention_scores")
+BACKWARD = _registry.implementations("attention_scores_backward")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+NAMES = ("q", "k", "v", "key_bias", "query_valid", "key_valid")
+
+pytestmark = pytest.mark.skipif("cpp" not in FORWARD, reason="the C++ extension is not built")
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("keys", [64, 70])
+def test_the_largest_logit_is_found_wherever_it_is(keys: int, dtype: torch.dtype) -> None:
+    """It stands 10,000 above the others, which no exponential survives that does not know it."""
+    q = torch.full((1, 1, 7, 1), 100.0, dtype=dtype)
+    for at in range(keys):
+        k = torch.zeros(1, 1, keys, 1, dtype=dtype)
+        k[0, 0, at] = 100.0
+        received, _, lse = FORWARD["cpp"](q, k, None, None, None, None, 1.0)
+        assert_same(received[0], torch.nn.functional.one_hot(torch.tensor(at), keys).to(received.dtype))
+        assert lse.eq(10_000).all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_what_an_earlier_sample_left_reaches_no_later_one(dtype: torch.dtype) -> None:
+    """The first fills every vector with NaN, of the second's keys and queries some only fill vectors up."""
+    inputs = attention_inputs(AttentionShape(2, 1, 9, 32, 5, 5), dtype, bias=True)
+    inputs["key_valid"] = torch.arange(32) < torch.tensor([[32], [21]])
+    for name in ("q", "k", "v", "key_bias"):
+        inputs[name][0] = torch.nan
+
+    def kernels(args: list[Any]) -> tuple[torch.Tensor, ...]:
+        received, output, lse = FORWARD["cpp"](*args, None)
+        grads = torch.ones_like(received), torch.full_like(output, 0.5)
+        if received.shape[0] > 1:
+            for grad in grads:
+                grad[0] = torch.nan
+        return received, output, lse, *BACKWARD["cpp"](*grads, *args, output, lse, None, [True] * 4)
+
+    args = [inputs[name] for name in NAMES]
+    alone = kernels([None if t is None else t[1:] for t in args])
+    assert_same(tuple(t[1:] for t in kernels(args)), alone)
+    assert all(t.isfinite().all() for t in alone)
+
+
+@pytest.mark.parametrize("only", range(4))
+def test_a_gradient_wanted_alone_is_the_same(only: int) -> None:
+    inputs = attention_inputs(AttentionShape(2, 2, 50, 70, 16, 16), bias=True)
+    args = [inputs[name] for name in NAMES]
+    received, output, lse = FORWARD["cpp"](*args, None)
+    grads = torch.linspace(-1, 1, received.numel()).view_as(received), torch.randn_like(output)
+    whole = BACKWARD["cpp"](*grads, *args, output, lse, None, [True] * 4)
+    part = BACKWARD["cpp"](*grads, *args, output, lse, None, [i == only for i in range(4)])
+    assert_same(part[only], whole[only])
