@@ -63,3 +63,18 @@ def test_a_gradient_wanted_alone_is_the_same(only: int) -> None:
     whole = BACKWARD["cpp"](*grads, *args, output, lse, None, [True] * 4)
     part = BACKWARD["cpp"](*grads, *args, output, lse, None, [i == only for i in range(4)])
     assert_same(part[only], whole[only])
+
+
+def test_a_bias_common_to_all_keys_changes_no_gradient() -> None:
+    """Added to a log-sum-exp of 1,024, what distinguishes the rows is rounded to 6e-5: their own sums mend that."""
+    inputs = attention_inputs(AttentionShape(2, 2, 50, 70, 16, 16), bias=True)
+    inputs["q"], inputs["k"] = (inputs[name].round() / 2 for name in ("q", "k"))  # their logits lose nothing to it
+    grads = torch.linspace(-1, 1, 140).view(2, 70), torch.randn(2, 2, 50, 16)
+    found = []
+    for bias in (0.0, 1024.0):
+        inputs["key_bias"] = torch.full((2, 70), bias)
+        args = [inputs[name] for name in NAMES]
+        _, output, lse = FORWARD["cpp"](*args, 0.25)
+        found.append((output, *BACKWARD["cpp"](*grads, *args, output, lse, 0.25, [True] * 4)))
+    for name, ours, plain in zip(("output", "dq", "dk", "dv", "dkey_bias"), found[1], found[0], strict=True):
+        assert (ours - plain).abs().max() < 1e-6 * plain.abs().max().clamp(min=1), name

@@ -134,6 +134,7 @@ def test_the_first_nan_is_the_one_complained_of(backend: str, dtype: torch.dtype
     scores = torch.rand(3, 41).to(dtype)
     valid = torch.ones(3, 41, dtype=torch.bool)
     scores[0, 5], valid[0, 5] = math.nan, False
+    scores[1, 7], valid[1, 7] = math.nan, False
     scores[1, 40] = scores[2, 3] = -math.nan
     with pytest.raises(
         RuntimeError, match=r"^key_tokens: scores must not be NaN at valid tokens, got NaN at \[1, 40\]"

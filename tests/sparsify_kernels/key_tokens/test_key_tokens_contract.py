@@ -1,5 +1,7 @@
 """key_tokens and gather_tokens: every sentence of their contract, as literal tables and against the oracle."""
 
+# ruff: noqa: E501 - a table has one case a line
+
 from __future__ import annotations
 
 import math
@@ -27,6 +29,7 @@ from sparsify_kernels.testing import (
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INF = math.inf
 T, F = True, False
+LOW, HIGH = float.fromhex("0x1.c2094cp-31"), float.fromhex("0x1.d82c08p+0")
 ABOVE = torch.nextafter(torch.tensor(0.3), torch.tensor(1.0)).item()
 
 TABLE = [
@@ -65,13 +68,19 @@ TABLE = [
     ("minus infinity has no spread", (-INF,) * 5, 1.5, None, None, (0, 1), 2),
     # between 1 and inf at part 3/4 lies inf
     ("quartile between a number and infinity", (1, INF, 9, 9, 9, 9, 9, 9), 0, None, (T, T) + (F,) * 6, (1, -1), 1),
+    ("the same with a fence: infinity has no spread", (1, INF, 9, 9, 9, 9, 9, 9), 1.5, None, (T, T) + (F,) * 6, (1, -1), 1),
+    # Q1 = 1.75, Q3 between 3 and inf: inf. Their spread times 0 would be no number.
+    ("an infinite spread without a fence", (1, 2, 3, INF, 9, 9, 9, 9), 0, None, (T,) * 4 + (F,) * 4, (3, -1), 1),
+    # Q3 is half way from LOW to HIGH, in fp64 as the upper neighbour gives it: on this fence it decides over HIGH
+    ("half way from above, past the fence", (0, 0, 0, 0, LOW, HIGH, 2), float.fromhex("0x1.fffffff860030p-1"), None, None, (6, -1), 1),
+    ("half way from above, on the fence", (0, 0, 0, 0, LOW, HIGH, 2), float.fromhex("0x1.fffffff86002fp-1"), None, None, (5, 6), 2),
     # Q1 = 0.26, Q3 = 0.66: as fp64 of the fp32 numbers the threshold is 1.26000008; in fp32 it would be 1.26, a score
     ("a threshold in fp64", (0, 0.1, 0.26, 0.3, 0.4, 0.5, 0.66, 1.26, 9), 1.5, None, None, (8, -1, -1), 1),
     # between -inf and 1 at part 1/4 lies -inf: everything is a candidate
     ("quartile between minus infinity and a number", (-INF, 1), 0, None, None, (1,), 1),
     ("zeros of both signs are equal", (-0.0, 0.0, -0.0, 0.0, -0.0), 0, None, None, (0, 1), 2),
     ("negative scores", (-1.0, -9.0, -2.0, -8.0, -3.0), 0, None, None, (0, 2), 2),
-]
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", TABLE, ids=lambda case: case[0])
