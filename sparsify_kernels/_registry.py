@@ -12,7 +12,8 @@ An op lives in ``sparsify_kernels/<op>/``: ``reference.py`` (plain PyTorch, any 
    CPU. All have the signature of the schema, so a test swaps one for another: ``implementations(kernel)``.
 3. *Fake*: allocates exactly what the kernels allocate: ``x.new_empty(shape)``, never ``empty_like``.
 4. *Gradient*: ``differentiate(kernel, backward, setup)``; ``backward(ctx, *grads)`` calls the ``_backward`` kernel
-   and honours ``ctx.needs_input_grad``; saved tensors are never written.
+   and honours ``ctx.needs_input_grad``; saved tensors are never written. A backward without a gradient of its own
+   says so: ``refuse_second_derivative(kernel)``.
 5. *Values* are checked inside the kernels: ``if check_values(x.device): ...; raise InvalidValue(text)`` in Python,
    ``throw std::runtime_error(text)`` in C++. The text starts with ``<op>: ``. The public function calls
    ``_checks.call(op, ...)``, which turns it into a ``ValueError``.
@@ -31,7 +32,17 @@ from typing import Any
 
 import torch
 
-__all__ = ["NAMESPACE", "RUNGS", "TO_COME", "define", "differentiate", "implementations", "kernels_of", "missing"]
+__all__ = [
+    "NAMESPACE",
+    "RUNGS",
+    "TO_COME",
+    "define",
+    "differentiate",
+    "implementations",
+    "kernels_of",
+    "missing",
+    "refuse_second_derivative",
+]
 
 NAMESPACE = "sparsify_kernels"
 RUNGS = ("reference", "fake", "backward", "cpp", "triton", "test", "benchmark", "docs")
@@ -75,6 +86,18 @@ def differentiate(kernel: str, backward: Callable[..., Any], setup: Callable[...
     """Give ``kernel`` its gradient, as ``torch.library.register_autograd`` takes it."""
     torch.library.register_autograd(f"{NAMESPACE}::{kernel}", backward, setup_context=setup, lib=_LIBRARY)
     _differentiable.add(kernel)
+
+
+def refuse_second_derivative(kernel: str) -> None:
+    """Differentiating ``kernel``, the backward of an op, raises ``NotImplementedError``."""
+
+    def setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        """Nothing to keep."""
+
+    def backward(ctx: Any, *grads: Any) -> None:
+        raise NotImplementedError(f"{op_of(kernel)}: second derivatives are not implemented")
+
+    differentiate(kernel, backward, setup)
 
 
 def op_of(kernel: str) -> str:

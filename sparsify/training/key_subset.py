@@ -1,6 +1,6 @@
 """The key subset: which samples a run kept coming back to, by the ids it kept in each epoch.
 
-Diao et al., ACL 2025 (arXiv 2506.01319), section 3.4: epochs are taken in groups, a sample counts once for every epoch
+Diao et al., ACL 2025 (arXiv 2506.01319): epochs are taken in groups, a sample counts once for every epoch
 of a group that kept it, earlier groups weigh more, and the samples with the highest sums are the key subset.
 """
 

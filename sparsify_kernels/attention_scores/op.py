@@ -160,14 +160,6 @@ def _backward(
     return (*(g if w else None for g, w in zip(grads, wanted, strict=True)), None, None, None)
 
 
-def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Nothing to keep: there is no second derivative."""
-
-
-def _double_backward(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError("attention_scores: second derivatives are not implemented")
-
-
 _OP = _registry.define(
     "attention_scores",
     "(Tensor q, Tensor k, Tensor? v, Tensor? key_bias, Tensor? query_valid, Tensor? key_valid, float? scale)"
@@ -183,4 +175,4 @@ _BACKWARD = _registry.define(
     fake=_fake_backward,
 )
 _registry.differentiate("attention_scores", _backward, _setup)
-_registry.differentiate("attention_scores_backward", _double_backward, _setup_backward)
+_registry.refuse_second_derivative("attention_scores_backward")

@@ -131,14 +131,6 @@ def _backward(
     return dx if wanted[0] else None, None, None, None, dweight if wanted[1] else None, None
 
 
-def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Nothing to keep: there is no second derivative."""
-
-
-def _double_backward(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError("merge_tokens: second derivatives are not implemented")
-
-
 _OP = _registry.define(
     "merge_tokens",
     "(Tensor x, Tensor metric, Tensor index, Tensor count, Tensor? weight, Tensor? valid)"
@@ -154,4 +146,4 @@ _BACKWARD = _registry.define(
     fake=_fake_backward,
 )
 _registry.differentiate("merge_tokens", _backward, _setup)
-_registry.differentiate("merge_tokens_backward", _double_backward, _setup_backward)
+_registry.refuse_second_derivative("merge_tokens_backward")

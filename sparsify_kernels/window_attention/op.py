@@ -144,14 +144,6 @@ def _backward(ctx: Any, grad: Tensor | None, grad_lse: None) -> tuple[Tensor | N
     return (*(g if w else None for g, w in zip(grads, wanted, strict=True)), None, None, None, None, None)
 
 
-def _setup_backward(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    """Nothing to keep: there is no second derivative."""
-
-
-def _double_backward(ctx: Any, *grads: Tensor) -> None:
-    raise NotImplementedError("window_attention: second derivatives are not implemented")
-
-
 _OP = _registry.define(
     "window_attention",
     "(Tensor qkv, Tensor bias, Tensor? scale, Tensor member, Tensor start, Tensor place, Tensor? region, bool cosine)"
@@ -167,4 +159,4 @@ _BACKWARD = _registry.define(
     fake=_fake_backward,
 )
 _registry.differentiate("window_attention", _backward, _setup)
-_registry.differentiate("window_attention_backward", _double_backward, _setup_backward)
+_registry.refuse_second_derivative("window_attention_backward")

@@ -161,8 +161,9 @@ def _dense(
     cosine: bool,
 ) -> _Dense:
     tokens, windows, places = qkv.shape[0], start.shape[0] - 1, _places(bias)
-    bad = _bad(member, start, place, places)
-    window = _window_of(tokens, start)
+    # int64 [N]: the window of each member; W for members beyond the last start
+    window = torch.bucketize(torch.arange(tokens, device=start.device), start[1:].contiguous(), right=True)
+    bad = _bad(member, window, start, place, places)
     slot = window.clamp(max=max(windows - 1, 0)) * places + place.clamp(0, places - 1)
     row = member.clamp(0, max(tokens - 1, 0))
     x = qkv[row].to(accumulation_dtype(qkv.dtype))  # [N, 3, H, d]
@@ -186,22 +187,15 @@ def _dense(
     return _Dense(slot, row, bad, q, k, v, norms, probability, torch.logsumexp(logits, dim=-1))
 
 
-def _bad(member: Tensor, start: Tensor, place: Tensor, places: int) -> Tensor:
+def _bad(member: Tensor, window: Tensor, start: Tensor, place: Tensor, places: int) -> Tensor:
     """bool []: whether the windows are no partition of the tokens, or a place is taken twice or does not exist."""
     tokens, windows = member.shape[0], start.shape[0] - 1
-    inside = (member >= 0) & (member < tokens) & (place >= 0) & (place < places)
-    window = _window_of(tokens, start)
-    inside = inside & (window < windows)
+    inside = (member >= 0) & (member < tokens) & (place >= 0) & (place < places) & (window < windows)
     named = start.new_zeros(tokens).index_add(0, torch.where(inside, member, 0), inside.to(start.dtype))
     taken = start.new_zeros(max(windows * places, 1))
     taken = taken.index_add(0, torch.where(inside, window * places + place, 0), inside.to(start.dtype))
     falling = (start.diff() < 0).any() | (start[0] != 0) | (start[-1] != tokens)
     return falling | (named != 1).any() | (taken > 1).any()
-
-
-def _window_of(tokens: int, start: Tensor) -> Tensor:
-    """int64 [N]: the window of each member; W for members beyond the last start."""
-    return torch.bucketize(torch.arange(tokens, device=start.device), start[1:].contiguous(), right=True)
 
 
 def _places(bias: Tensor) -> int:

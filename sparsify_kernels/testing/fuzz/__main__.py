@@ -8,6 +8,7 @@ import time
 
 import torch
 
+from sparsify_kernels import _registry
 from sparsify_kernels.testing.fuzz import CASES, again, fuzz
 
 CHUNK = 1000  # Hypothesis remembers all cases of a run, so as not to repeat one
@@ -21,7 +22,12 @@ def main() -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--cases", type=int, default=2000, help="how many an op (default: %(default)s)")
-    parser.add_argument("--op", choices=[*CASES], action="append", help="only this op; may be given again")
+    parser.add_argument(
+        "--op",
+        choices=[*CASES],
+        action="append",
+        help="only this op; may be given again (default: every op that the backend serves)",
+    )
     parser.add_argument("--seed", type=int, default=0, help="other cases (default: %(default)s)")
     parser.add_argument("--backend", default="cpp", help="whose kernels (default: %(default)s)")
     parser.add_argument("--case", help="one case, as a failure prints it")
@@ -31,7 +37,10 @@ def main() -> int:
         again(options.case, backend=options.backend)
         print("passes")
         return 0
-    for op in options.op or CASES:
+    served = [op for op in CASES if options.backend in _registry.implementations(op)]
+    if not served:
+        parser.error(f"--backend {options.backend}: serves no op here")
+    for op in options.op or served:
         begun = time.monotonic()
         for done in range(0, options.cases, CHUNK):
             count = min(CHUNK, options.cases - done)

@@ -100,6 +100,12 @@ def test_command_line() -> None:
     done = run("--op", "random_mask", "--cases", "30", "--seed", "3")
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith("random_mask: 30 of 30 cases, ")
+    done = run("--cases", "1")  # every op that C++ serves, and no other
+    assert done.returncode == 0, done.stderr
+    assert [line.split(":")[0] for line in done.stdout.splitlines()] == IN_CPP
+    done = run("--backend", "sycl")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.endswith("error: --backend sycl: serves no op here\n")
     case = CASES["random_mask"](1, 6, 2, 3, None, 1, "fp32", "contiguous", True, 0)
     done = run("--case", json.dumps({"op": "random_mask", **vars(case)}))
     assert (done.returncode, done.stdout) == (0, "passes\n"), done.stderr
