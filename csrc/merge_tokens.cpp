@@ -339,12 +339,17 @@ std::tuple<Tensor, Tensor> merge_tokens_backward(const std::optional<Tensor>& gr
                      total.const_data_ptr(),
                      static_cast<const int64_t*>(slot.const_data_ptr()),
                      nullptr,
-                     nullptr};
+                     nullptr,
+                     false};
   if (grad) {
     job.grad = rows_of(*grad);
   }
   if (wanted[0]) {
+    constexpr int64_t kStreamFrom = 4 << 20;  // no second-level cache would hold it until it is read
     job.dx = dx.mutable_data_ptr();
+    const int64_t row = dim * static_cast<int64_t>(dx.element_size());
+    job.streamed =
+        samples * length * row >= kStreamFrom && row % 64 == 0 && reinterpret_cast<uintptr_t>(job.dx) % 64 == 0;
   }
   if (values) {
     job.x = rows_of(*values);
@@ -354,8 +359,10 @@ std::tuple<Tensor, Tensor> merge_tokens_backward(const std::optional<Tensor>& gr
   }
   const int64_t bytes = dim * static_cast<int64_t>(tokens.element_size()) * (wanted[1] ? 4 : 2);
   const MergeKernels& kernels = pick_merge_kernels();
-  torch::stable::parallel_for(0, samples * length, grain(bytes),
-                              [&](int64_t begin, int64_t end) { kernels.gradients(job, begin, end); });
+  torch::stable::parallel_for(0, samples * length, grain(bytes), [&](int64_t begin, int64_t end) {
+    kernels.gradients(job, begin, end);
+    end_stream();
+  });
   return {dx, dweight};
 }
 

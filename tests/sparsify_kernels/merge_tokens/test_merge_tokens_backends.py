@@ -197,6 +197,25 @@ def test_a_size_whose_reciprocal_is_infinite(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", FAST)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("beyond", [0, 1])
+def test_a_gradient_too_large_for_the_caches(backend: str, dtype: torch.dtype, beyond: int) -> None:
+    """Over 4 MiB in whole lines of 64 bytes, or not in whole ones."""
+    samples, tokens, slots = 2, 900, 7
+    dim = (4 << 20) // (samples * tokens * dtype.itemsize) // 64 * 64 + 64 + beyond
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    assign = torch.randint(-1, slots, (samples, tokens))
+    weight, size = torch.rand(samples, tokens, dtype=wide), torch.rand(samples, slots, dtype=wide) + 0.5
+    grad = torch.randn(samples, slots, dim).to(dtype)
+    with poisoned_memory():
+        dx = BACKWARD[backend](grad, None, None, weight, grad, size, assign, [True, False])[0]
+    slot = assign.clamp(min=0)
+    scale = (weight / size.gather(1, slot)).masked_fill(assign < 0, 0)
+    rows = grad.to(wide).gather(1, slot[..., None].expand(-1, -1, dim))
+    assert_same(dx, (scale[..., None] * rows).to(dtype))
+
+
+@pytest.mark.parametrize("backend", FAST)
 def test_a_slot_out_of_range_takes_no_gradient(backend: str) -> None:
     """Sample 0's slot 2 of 2 would be the first of sample 1."""
     x, tokens, size = torch.ones(2, 3, 2), torch.zeros(2, 2, 2), torch.ones(2, 2)
