@@ -119,6 +119,7 @@ class MaskConfig:
     """Sparse masking (paper, section 3.2): which epochs train on a random part of the input."""
 
     keep: float = 0.5
+    kind: str = "unit"  # unit: a share of each frame's and each segment's units; time: the same seconds of both
     stratified: bool = True  # the same number in every 2x2 units, where keep is 1/4, 1/2 or 3/4; else drawn freely
     epochs: tuple[int, int | None] = (0, 3)  # a Python slice: (0, 3) the first three, (0, -1) all but the last
     schedule: tuple[float, ...] = ()  # keep ratio of each epoch (the last one goes on); replaces keep and epochs
@@ -337,6 +338,10 @@ def _validate(config: Config) -> None:
     m, t = config.mask, config.train
     _require(0 < m.keep <= 1, "mask.keep", "a share in (0, 1]", m.keep)
     _require(all(0 < k <= 1 for k in m.schedule), "mask.schedule", "shares in (0, 1]", m.schedule)
+    _require(m.kind in ("unit", "time"), "mask.kind", "unit or time", m.kind)
+    if m.kind == "time":
+        a = config.audio
+        _require(a.mel_bins % a.unit == 0, "audio.unit", f"with mask.kind time a divisor of {a.mel_bins} bins", a.unit)
     _require(t.precision in ("auto", "fp32", "bf16"), "train.precision", "auto, fp32 or bf16", t.precision)
     _require(t.inputs in _INPUTS, "train.inputs", "both, blind, deaf or textonly", t.inputs)
     _require(t.seed < 2**63, "train.seed", "less than 2^63", t.seed)

@@ -40,18 +40,16 @@ class LatentBridge(nn.Module):
         self.up = nn.Linear(width, dim)
         self.gate = nn.Parameter(torch.zeros(dim))
 
-    def forward(self, x: Tensor, time: Tensor, other: Tensor, other_time: Tensor, other_kept: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, other: Tensor, other_time: Tensor) -> Tensor:
         """``x`` [V, A, n, dim] after reading ``other`` [V, B, m, other_dim].
 
-        ``time`` [V, A, n or 1, TIME_FEATURES] and ``other_time`` likewise; ``other_kept`` bool [V, B * m] or None: all
-        are there.
+        ``time`` [V, A, n or 1, TIME_FEATURES] and ``other_time`` likewise.
         """
         seen = self.read_down(self.read_norm(other)) + self.read_time(other_time)
         seen = seen.flatten(1, 2)  # [V, B * m, width]
         k, v = split_heads(self.read_key(seen), self.heads), split_heads(self.read_value(seen), self.heads)
         q = split_heads(self.latents.unsqueeze(0), self.heads).to(k.dtype).expand(len(k), -1, -1, -1)
-        mask = None if other_kept is None else other_kept[:, None, None, :]
-        latents = self.latents + merge_heads(F.scaled_dot_product_attention(q, k, v, mask))  # [V, M, width]
+        latents = self.latents + merge_heads(F.scaled_dot_product_attention(q, k, v))  # [V, M, width]
         latents = self.latent_norm(latents)
 
         q = (self.write_down(self.write_norm(x)) + self.write_time(time)).flatten(1, 2)  # [V, A * n, width]
@@ -68,17 +66,9 @@ class CrossModalAdapter(nn.Module):
         self.visual = LatentBridge(visual_dim, audio_dim, latents, width)
         self.audio = LatentBridge(audio_dim, visual_dim, latents, width)
 
-    def forward(
-        self,
-        visual: Tensor,
-        audio: Tensor,
-        visual_time: Tensor,
-        audio_time: Tensor,
-        visual_kept: Tensor | None,
-        audio_kept: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """[V, T, n, Cv] and [V, S, m, Ca], each with its time features and which of its tokens are kept, in and out."""
+    def forward(self, visual: Tensor, audio: Tensor, visual_time: Tensor, audio_time: Tensor) -> tuple[Tensor, Tensor]:
+        """[V, A, n, Cv] and [V, B, m, Ca], each with its time features, in and out."""
         return (
-            self.visual(visual, visual_time, audio, audio_time, audio_kept),
-            self.audio(audio, audio_time, visual, visual_time, visual_kept),
+            self.visual(visual, visual_time, audio, audio_time),
+            self.audio(audio, audio_time, visual, visual_time),
         )

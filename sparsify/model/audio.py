@@ -1,4 +1,4 @@
-"""HTS-AT over log-mel images: transformers' CLAP audio encoder, stage by stage, without attention to masked units.
+"""HTS-AT over log-mel images, stage by stage: transformers' CLAP audio encoder, or its modules over kept units alone.
 
 The log-mel of a segment is folded into a square (``ClapAudioEncoder.reshape_mel2img``): row ``r`` of the image is mel
 bin ``r % mel_bins`` of run ``r // mel_bins``, and the runs follow each other in time.
@@ -15,7 +15,8 @@ from sparsify._torchvision import ensure_torchvision
 from sparsify.config import AudioConfig
 from sparsify.data.units import from_units
 from sparsify.errors import ConfigError
-from sparsify.model.masking import KeptUnits, join_windows, split_windows
+from sparsify.model.masked import MaskedHTSAT, wrap
+from sparsify.model.plan import UnitPlan
 
 __all__ = ["AudioEncoder"]
 
@@ -25,12 +26,16 @@ _MEL_MEAN, _MEL_STD = -30.0, 30.0  # dB
 
 
 class AudioEncoder(nn.Module):
-    """transformers' ``ClapAudioEncoder`` in steps: ``embed``, ``stage`` 0, 1, ..., ``finish``."""
+    """transformers' ``ClapAudioEncoder`` in steps: ``embed``, ``stage`` 0, 1, ..., ``finish``.
 
-    def __init__(self, config: AudioConfig) -> None:
+    Raises ``ConfigError`` for a geometry that cannot be masked exactly, unless it is ``dense`` and never will be.
+    """
+
+    def __init__(self, config: AudioConfig, *, dense: bool = False) -> None:
         super().__init__()
         self.config = config
         self.htsat = build_htsat(config)
+        self.masked = None if dense else wrap(MaskedHTSAT, self.htsat, config.unit, "audio")
 
     @property
     def stage_dims(self) -> list[int]:
@@ -50,49 +55,41 @@ class AudioEncoder(nn.Module):
         rows. The statistics of a batch would make a sample depend on its neighbours.
         """
         image = from_units(mel, self.config.unit, (self.config.units, self.config.units))
+        scale, shift = (x.unsqueeze(1) for x in self._normalisation())
+        image = image.to(scale.dtype) * scale + shift
+        side = self.config.spec_size // self.config.patch_size
+        return self.htsat.patch_embed(image).view(-1, side, side, self.config.embed_dim)
+
+    def embed_kept(self, units: Tensor, plan: UnitPlan) -> Tensor:
+        """Log-mel in dB of kept units [M, p*p] as patch embeddings [M * u * u, C]; normalised as ``embed`` says."""
+        assert self.masked is not None  # a dense model draws no units
+        side = self.config.unit
+        row = plan.unit // plan.grid
+        scale, shift = (x.view(-1, 1, side, 1)[row] for x in self._normalisation())  # [M, 1, p, 1]
+        return self.masked.embed(units.view(-1, 1, side, side).to(scale.dtype) * scale + shift)
+
+    def _normalisation(self) -> tuple[Tensor, Tensor]:
+        """The batch norm as scale and shift of each row of an image: two [spec_size]."""
         norm = self.htsat.batch_norm
         scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)  # [mel_bins]
         shift = norm.bias - norm.running_mean * scale
         runs = self.config.spec_size // self.config.mel_bins
-        image = image.to(scale.dtype) * scale.repeat(runs).unsqueeze(1) + shift.repeat(runs).unsqueeze(1)
-        side = self.config.spec_size // self.config.patch_size
-        return self.htsat.patch_embed(image).view(-1, side, side, self.config.embed_dim)
+        return scale.repeat(runs), shift.repeat(runs)
 
-    def stage(self, index: int, x: Tensor, kept: KeptUnits | None) -> Tensor:
-        """[B, H, W, C] through stage ``index``; without ``kept`` it is transformers' own forward."""
-        layer: Any = self.htsat.layers[index]
-        batch, side = len(x), x.shape[1]
-        x = x.flatten(1, 2)
-        if kept is None:
-            x = layer(x, (side, side))[0]
-        else:
-            for block in layer.blocks:
-                x = _masked_block(block, x, side, kept)
-            if layer.downsample is not None:
-                x = layer.downsample(x, (side, side))
-        side = self.side(index)
-        return x.view(batch, side, side, -1)
+    def stage(self, index: int, x: Tensor, plan: UnitPlan | None) -> Tensor:
+        """Stage ``index``: [B, H, W, C] by transformers' own forward, or with a ``plan`` the packed tokens [N, C] of
+        kept units.
+        """
+        if plan is not None:
+            assert self.masked is not None
+            return self.masked.stage(index, x, plan)
+        side = x.shape[1]
+        x = self.htsat.layers[index](x.flatten(1, 2), (side, side))[0]
+        return x.unflatten(1, (self.side(index), self.side(index)))
 
     def finish(self, x: Tensor) -> Tensor:
-        """The final norm: [B, side, side, out_dim]."""
+        """The final norm: of [B, side, side, out_dim] or [N, out_dim]."""
         return self.htsat.norm(x)
-
-
-def _masked_block(block: Any, x: Tensor, side: int, kept: KeptUnits) -> Tensor:
-    block.set_shift_and_window_size(
-        (side, side)
-    )  # as the library does on every call: a grid of one window is not shifted
-    window, shift = int(block.window_size), int(block.shift_size)
-    wrap = block.get_attn_mask(side, side, dtype=torch.get_default_dtype(), device=x.device)
-    y = block.layernorm_before(x).view(-1, side, side, x.shape[-1])
-    if shift:
-        y = torch.roll(y, (-shift, -shift), (1, 2))
-    y = block.attention(split_windows(y, window), kept.window_mask(side, window, shift, wrap))[0]
-    y = join_windows(y, window, side)
-    if shift:
-        y = torch.roll(y, (shift, shift), (1, 2))
-    x = x + block.drop_path(y.flatten(1, 2))
-    return x + block.output(block.intermediate(block.layernorm_after(x)))
 
 
 def build_htsat(config: AudioConfig) -> Any:

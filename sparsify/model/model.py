@@ -8,6 +8,7 @@ questions --> text transformer --> fusion: words attend to the super-tokens <---
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from sparsify.model.audio import AudioEncoder
 from sparsify.model.concepts import Concepts, QuestionMatching
 from sparsify.model.fusion import AnswerHead
 from sparsify.model.layers import TransformerLayer, key_mask
-from sparsify.model.masking import KeptUnits
+from sparsify.model.masking import KeptUnits, draw_units
 from sparsify.model.merging import CrossModalMerging
 from sparsify.model.outputs import SuperTokens, TrainingLogits
 from sparsify.model.text import WordTransformer, WordVocabulary, empty_text_encoder, load_text_encoder
@@ -58,7 +59,8 @@ class SparsifyModel(nn.Module):
         """
         super().__init__()
         self.config, self.vocabulary = config, vocabulary
-        self.vision, self.audio = VisionEncoder(config.vision), AudioEncoder(config.audio)
+        self.vision = VisionEncoder(config.vision, dense=config.dense)
+        self.audio = AudioEncoder(config.audio, dense=config.dense)
         fusion, text = config.fusion, config.text
         self.adapters = nn.ModuleList(
             CrossModalAdapter(v, a, fusion.adapter_latents, fusion.adapter_dim)
@@ -85,28 +87,23 @@ class SparsifyModel(nn.Module):
 
     def encode(self, video: Video, masking: Masking | None = None) -> SuperTokens:
         """Everything that does not depend on a question, once a video. ``masking`` None: nothing is masked."""
-        config = self.config
-        if masking is not None and config.dense:
-            raise ValueError("encode: a dense model takes no masking; expected None")
-        frames, segments = video.frames.shape[1], video.mel.shape[1]
         kept_v = kept_a = None
-        if masking is not None:
-            stratified = config.mask.stratified
-            kept_v = KeptUnits.draw(
-                masking.frame_seed.flatten(), masking.keep, config.vision.units, stratified=stratified
-            )
-            kept_a = KeptUnits.draw(masking.mel_seed.flatten(), masking.keep, config.audio.units, stratified=stratified)
-        v, a = self.vision.embed(video.frames.flatten(0, 1)), self.audio.embed(video.mel.flatten(0, 1))
+        if masking is None:
+            v, a = self.vision.embed(video.frames.flatten(0, 1)), self.audio.embed(video.mel.flatten(0, 1))
+        else:
+            kept_v, kept_a = draw_units(video, masking, self.config, self.vision.masked, self.audio.masked)
+            v, a = self.vision.embed_kept(kept_v.values), self.audio.embed_kept(kept_a.values, kept_a.plan)
         last = len(self.adapters)
         for stage in range(last + 1):
-            v, a = self.vision.stage(stage, v, kept_v), self.audio.stage(stage, a, kept_a)
+            v = self.vision.stage(stage, v, kept_v.plan if kept_v else None)
+            a = self.audio.stage(stage, a, kept_a.plan if kept_a else None)
             if stage < last:
                 v, a = self._adapt(stage, v, a, video, kept_v, kept_a)
 
         visual_time = video.frame_time.unsqueeze(-1).expand(-1, -1, self.vision.side(last) ** 2).flatten(1)
         audio_time = self._audio_time(video, self.audio.side(last)).flatten(1)
-        visual, visual_kept = self._leave(self.vision, v, kept_v, self.visual_tokens, visual_time, video, frames)
-        audio, audio_kept = self._leave(self.audio, a, kept_a, self.audio_tokens, audio_time, video, segments)
+        visual, visual_kept = self._leave(self.vision, v, kept_v, self.visual_tokens, visual_time, video)
+        audio, audio_kept = self._leave(self.audio, a, kept_a, self.audio_tokens, audio_time, video)
         visual_out, audio_out = self.merging(visual, audio, visual_kept, audio_kept)
 
         tokens, size, valid = (
@@ -177,17 +174,23 @@ class SparsifyModel(nn.Module):
     def _adapt(
         self, stage: int, v: Tensor, a: Tensor, video: Video, kept_v: KeptUnits | None, kept_a: KeptUnits | None
     ) -> tuple[Tensor, Tensor]:
-        videos, sides = len(video.frames), (v.shape[1], a.shape[1])
-        visual_time = self._time_features(video.frame_time.unsqueeze(-1), video)  # [V, T, 1, F]
-        audio_time = self._time_features(self._audio_time(video, sides[1]), video)  # [V, S, m, F]
-        mask_v, mask_a = (
-            None if kept is None else kept.tokens(side).view(videos, -1)
-            for kept, side in zip((kept_v, kept_a), sides, strict=True)
+        """Tokens after ``stage``, dense or packed, after reading each other: [V, groups, tokens, C] for the adapter."""
+        videos, frames, segments = len(video.frames), video.frame_time, video.segment_time
+        offsets = audio_offsets(self.config.audio, self.audio.side(stage), self.config.clip.segment_seconds).to(frames)
+        if kept_v is None or kept_a is None:
+            groups = frames.shape[1], segments.shape[1]
+            seconds = frames.unsqueeze(-1), segments.unsqueeze(-1) + offsets  # [V, T, 1], [V, S, m]
+        else:
+            groups = kept_v.groups, kept_a.groups
+            seen = frames.flatten()[kept_v.plan.image].view(videos, groups[0], -1)  # of each unit of a frame
+            cells = kept_a.plan.cells(self.audio.side(stage) // kept_a.plan.grid)
+            heard = segments.flatten()[kept_a.plan.image].unsqueeze(1) + offsets[cells]
+            seconds = seen[:, :, :1], heard.view(videos, groups[1], -1)
+        times = [self._time_features(x, video) for x in seconds]
+        out = self.adapters[stage](
+            v.reshape(videos, groups[0], -1, v.shape[-1]), a.reshape(videos, groups[1], -1, a.shape[-1]), *times
         )
-        shapes = v.shape, a.shape
-        v, a = v.flatten(1, 2).unflatten(0, (videos, -1)), a.flatten(1, 2).unflatten(0, (videos, -1))
-        v, a = self.adapters[stage](v, a, visual_time, audio_time, mask_v, mask_a)
-        return v.reshape(shapes[0]), a.reshape(shapes[1])
+        return out[0].reshape(v.shape), out[1].reshape(a.shape)
 
     def _leave(
         self,
@@ -197,21 +200,24 @@ class SparsifyModel(nn.Module):
         head: TokenHead,
         seconds: Tensor,
         video: Video,
-        images: int,
     ) -> tuple[Tensor, Tensor]:
-        """The last stage [V * images, side, side, C] as kept tokens [V, N, D] and dense token indices int64 [V, N]."""
-        side = x.shape[1]
-        x = x.flatten(1, 2)
+        """The last stage, [V * images, side, side, C] or packed, as tokens [V, N, D] in the order of their dense token
+        indices int64 [V, N].
+        """
+        videos, tokens = seconds.shape
+        area = encoder.side(len(encoder.stage_dims) - 1) ** 2
+        x = encoder.finish(x).reshape(videos, -1, x.shape[-1])
         if kept is None:
-            cell = torch.arange(side * side, device=x.device).expand(len(x), -1)
+            dense = torch.arange(tokens, device=x.device).expand(videos, -1)
         else:
-            cell = kept.cells(side)
-            x = gather_rows(x, cell)
-        x = encoder.finish(x).unflatten(0, (-1, images)).flatten(1, 2)
-        cell = cell.unflatten(0, (-1, images))
-        first = side * side * torch.arange(images, device=x.device).unsqueeze(-1)
-        dense = (cell + first).flatten(1)
-        return head(x, cell.flatten(1), self._time_features(seconds.gather(1, dense), video)), dense
+            plan = kept.plan
+            inside = plan.cells(math.isqrt(area) // plan.grid)  # [M, u * u]
+            dense = (plan.image % (tokens // area) * area).unsqueeze(1) + inside
+            dense = dense.view(videos, -1)
+            if inside.shape[1] > 1:  # units of several tokens: their rows lie between each other
+                dense, order = dense.sort(dim=1)
+                x = gather_rows(x, order)
+        return head(x, dense % area, self._time_features(seconds.gather(1, dense), video)), dense
 
 
 def _visual_head(encoder: VisionEncoder, dim: int) -> TokenHead:

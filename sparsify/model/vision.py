@@ -1,4 +1,4 @@
-"""Swin-V2 over frames: timm's own modules, stage by stage, without attention to masked units."""
+"""Swin-V2 over frames, stage by stage: timm's own forward, or its modules over kept units alone."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from sparsify._torchvision import ensure_torchvision
 from sparsify.config import VisionConfig
 from sparsify.data.units import from_units
-from sparsify.model.masking import KeptUnits, join_windows, split_windows
+from sparsify.model.masked import MaskedSwinV2, wrap
+from sparsify.model.plan import UnitPlan
 
 __all__ = ["VisionEncoder"]
 
@@ -20,15 +21,19 @@ _STD = (0.229, 0.224, 0.225)
 
 
 class VisionEncoder(nn.Module):
-    """timm's ``SwinTransformerV2``, without a classifier, in steps: ``embed``, ``stage`` 0, 1, ..., ``finish``."""
+    """timm's ``SwinTransformerV2``, without a classifier, in steps: ``embed``, ``stage`` 0, 1, ..., ``finish``.
+
+    Raises ``ConfigError`` for a geometry that cannot be masked exactly, unless it is ``dense`` and never will be.
+    """
 
     scale: Tensor  # fp32 [3, 1, 1]: pixels 0 to 255 are normalised as pixel * scale + shift
     shift: Tensor
 
-    def __init__(self, config: VisionConfig) -> None:
+    def __init__(self, config: VisionConfig, *, dense: bool = False) -> None:
         super().__init__()
         self.config = config
         self.swin = build_swin(config)
+        self.masked = None if dense else wrap(MaskedSwinV2, self.swin, config.unit, "vision")
         mean, std = torch.tensor(_MEAN).view(3, 1, 1), torch.tensor(_STD).view(3, 1, 1)
         self.register_buffer("scale", 1 / (255 * std), persistent=False)
         self.register_buffer("shift", -mean / std, persistent=False)
@@ -47,29 +52,24 @@ class VisionEncoder(nn.Module):
         image = from_units(frames, self.config.unit, (self.config.units, self.config.units))
         return self.swin.patch_embed(torch.addcmul(self.shift, image.to(self.scale.dtype), self.scale))
 
-    def stage(self, index: int, x: Tensor, kept: KeptUnits | None) -> Tensor:
-        """[B, H, W, C] through stage ``index``; without ``kept`` it is timm's own forward."""
-        layer: Any = self.swin.layers[index]
-        if kept is None:
-            return layer(x)
-        x = layer.downsample(x)
-        for block in layer.blocks:
-            x = x + block.drop_path1(block.norm1(_masked_attention(block, x, kept)))
-            x = x + block.drop_path2(block.norm2(block.mlp(x)))
-        return x
+    def embed_kept(self, units: Tensor) -> Tensor:
+        """Pixels of kept units [M, 3*p*p] as patch embeddings [M * u * u, C]."""
+        pixels = units.unflatten(1, (3, self.config.unit, self.config.unit)).to(self.scale.dtype)
+        assert self.masked is not None  # a dense model draws no units
+        return self.masked.embed(torch.addcmul(self.shift, pixels, self.scale))
+
+    def stage(self, index: int, x: Tensor, plan: UnitPlan | None) -> Tensor:
+        """Stage ``index``: [B, H, W, C] by timm's own forward, or with a ``plan`` the packed tokens [N, C] of kept
+        units.
+        """
+        if plan is None:
+            return self.swin.layers[index](x)
+        assert self.masked is not None
+        return self.masked.stage(index, x, plan)
 
     def finish(self, x: Tensor) -> Tensor:
-        """The final norm: [B, side, side, out_dim]."""
+        """The final norm: of [B, side, side, out_dim] or [N, out_dim]."""
         return self.swin.norm(x)
-
-
-def _masked_attention(block: Any, x: Tensor, kept: KeptUnits) -> Tensor:
-    side, window, shift = x.shape[1], block.window_size[0], block.shift_size[0]
-    if shift:
-        x = torch.roll(x, (-shift, -shift), (1, 2))
-    out = block.attn(split_windows(x, window), mask=kept.window_mask(side, window, shift, block.attn_mask))
-    out = join_windows(out, window, side)
-    return torch.roll(out, (shift, shift), (1, 2)) if shift else out
 
 
 def build_swin(config: VisionConfig) -> Any:

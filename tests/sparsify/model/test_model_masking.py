@@ -1,52 +1,120 @@
-"""Oracle masking: what is masked is never attended to and never leaves."""
+"""Sparse masking: which units are read, that the others never are, and that only kept tokens leave."""
 
 from __future__ import annotations
-
-import math
 
 import pytest
 import torch
 
-from sparsify.model.masking import KeptUnits, join_windows, split_windows
+from sparsify.model.audio import AudioEncoder
+from sparsify.model.masking import draw_units
+from sparsify.model.vision import VisionEncoder
 
 
-def test_tokens_and_cells_of_two_units():
-    kept = KeptUnits(torch.tensor([[0, 3]]), grid=2)
-    assert kept.tokens(4).int().tolist() == [[[1, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 1], [0, 0, 1, 1]]]
-    assert kept.cells(2).tolist() == [[0, 3]]
-    assert kept.cells(4).tolist() == [[0, 1, 4, 5, 10, 11, 14, 15]]
-
-
-def test_window_mask_of_one_shifted_window_by_hand():
-    """Grid 2x2, window 2, shift 1: one window that holds cells 3, 2, 1, 0 in this order."""
-    kept = KeptUnits(torch.tensor([[0, 3]]), grid=2)
-    wrap = torch.full((1, 4, 4), -100.0)
-    mask = kept.window_mask(2, 2, 1, wrap)
-    out = -math.inf
-    assert (mask[0] + 100).tolist() == [[0, out, out, 0], [0, 0, out, 0], [0, out, 0, 0], [0, out, out, 0]]
-
-
-def test_windows_are_split_row_major_and_joined_back():
-    x = torch.arange(2 * 8 * 8 * 3).view(2, 8, 8, 3)
-    windows = split_windows(x, 4)
-    assert torch.equal(windows[1, 5], x[0, 1, 5])
-    assert torch.equal(windows[4 + 2, 0], x[1, 4, 0])
-    assert torch.equal(join_windows(windows, 4, 8), x)
+def drawn(config, video, masking):
+    """What each modality keeps: bool [V, T, U] and [V, S, U], and the draws themselves."""
+    kept = draw_units(video, masking, config, VisionEncoder(config.vision).masked, AudioEncoder(config.audio).masked)
+    pictures = []
+    for x, part in zip((video.frames, video.mel), kept, strict=True):
+        seen = torch.zeros(x.shape[:3].numel(), dtype=torch.bool)
+        seen[part.plan.image * x.shape[2] + part.plan.unit] = True
+        assert torch.equal(part.values, x.flatten(0, 2)[seen]), "units in their order, and as they are"
+        pictures.append(seen.view(x.shape[:3]))
+    return pictures, kept
 
 
 @pytest.mark.parametrize(("keep", "expected"), [(0.25, 4), (0.5, 8), (0.6, 10), (1.0, 16)])
-def test_draw_keeps_the_share_and_depends_on_its_seed_alone(keep, expected):
-    seeds = torch.tensor([5, 6, 5])
-    drawn = KeptUnits.draw(seeds, keep, 4, stratified=True).index
-    assert drawn.shape == (3, expected)
-    assert torch.equal(drawn[0], drawn[2])
-    assert torch.equal(KeptUnits.draw(seeds[1:2], keep, 4, stratified=True).index, drawn[1:2])
+def test_each_image_keeps_the_share_drawn_from_its_own_seed(tiny, make_batch, keep, expected):
+    config = tiny()
+    video, _, masking = make_batch(config, keep=keep)
+    masking.frame_seed[2, 1] = masking.mel_seed[0, 1] = masking.frame_seed[0, 0]
+    (frames, mel), kept = drawn(config, video, masking)
+    assert (frames.sum(2) == expected).all()
+    assert (mel.sum(2) == expected).all()
+    assert torch.equal(frames[2, 1], frames[0, 0])
+    assert torch.equal(mel[0, 1], frames[0, 0])
+    assert [part.groups for part in kept] == [2, 2]
+    alone = type(video)(*(x[1:2] for x in video))
+    seeds = masking._replace(frame_seed=masking.frame_seed[1:2], mel_seed=masking.mel_seed[1:2])
+    assert torch.equal(drawn(config, alone, seeds)[0][0][0], frames[1])
 
 
-def test_stratified_draw_keeps_two_of_every_four():
-    kept = KeptUnits.draw(torch.arange(20), 0.5, 4, stratified=True).tokens(4)
-    blocks = kept.view(20, 2, 2, 2, 2).sum((2, 4))
-    assert (blocks == 2).all()
+def test_stratified_draw_keeps_two_of_every_four(tiny, make_batch):
+    config = tiny()
+    video, _, masking = make_batch(config, videos=10)
+    for seen in drawn(config, video, masking)[0]:
+        blocks = seen.view(-1, 2, 2, 2, 2).sum((2, 4))
+        assert (blocks == 2).all()
+    config = tiny(mask__stratified=False)
+    assert (drawn(config, video, masking)[0][0].view(-1, 2, 2, 2, 2).sum((2, 4)) != 2).any()
+
+
+def test_encoders_of_different_geometry_have_a_plan_each(tiny, make_model, make_batch):
+    config = tiny(audio__window_size=2, vision__unit=32)
+    video, questions, masking = make_batch(config)
+    (frames, mel), kept = drawn(config, video, masking)
+    assert (frames.sum(2) == 2).all()
+    assert (mel.sum(2) == 8).all()
+    assert kept[0].plan.grid == 2
+    assert kept[1].plan.grid == 4
+    assert make_model(config)(video, questions, masking).isfinite().all()
+
+
+def time_config(tiny):
+    """Four frames of 1 s; two segments of 2 s in two runs of 1 s each, of two columns: eight columns of 0.5 s."""
+    return tiny(mask__kind="time", clip__frames=4, audio__unit=32, vision__unit=32)
+
+
+def time_batch(make_batch, config, **changes):
+    video, questions, masking = make_batch(config, **changes)
+    seconds = torch.tensor([0.5, 1.5, 2.5, 3.5]).expand(len(video.frames), -1)
+    return video._replace(frame_time=seconds), questions, masking
+
+
+def test_time_keeps_the_same_seconds_of_both(tiny, make_batch):
+    config = time_config(tiny)
+    video, _, masking = time_batch(make_batch, config, videos=20)
+    (frames, mel), kept = drawn(config, video, masking)
+    assert [part.groups for part in kept] == [2, 1]
+    whole = frames.all(2)  # [V, T]
+    assert torch.equal(whole, frames.any(2)), "whole frames"
+    assert (whole.sum(1) == 2).all()
+    assert len({tuple(row.tolist()) for row in whole}) == 6, "of six pairs, each is drawn"
+    # A unit is a whole column here: [V, S, runs, columns of 0.5 s], two to a frame's second.
+    assert torch.equal(mel.view(20, 4, 2), whole.unsqueeze(2).expand(-1, -1, 2))
+
+
+def test_time_takes_whole_columns_and_the_nearest(tiny, make_batch):
+    """Of three frames one is kept; 16 px units: two bands of mel bins, eight columns of 0.25 s a segment."""
+    config = tiny(mask__kind="time", clip__frames=3)
+    video, _, masking = make_batch(config, keep=1 / 3)
+    video = video._replace(frame_time=torch.tensor([0.6, 2.0, 3.4]).expand(3, -1))
+    (frames, mel), _ = drawn(config, video, masking)
+    columns = mel.view(3, 2, 2, 2, 4)  # [V, S, runs, bands, columns]
+    assert torch.equal(columns[:, :, :, 0], columns[:, :, :, 1]), "all mel bins of a column"
+    columns = columns[:, :, :, 0].flatten(1)  # [V, 16] of 0.25 s
+    middle = torch.arange(16) * 0.25 + 0.125
+    for v in range(3):
+        kept = video.frame_time[v, frames[v].all(1)]
+        assert len(kept) == 1
+        nearest = (middle - kept).abs().argsort(stable=True)[:5]
+        assert columns[v].nonzero().flatten().tolist() == sorted(nearest.tolist())
+
+
+def test_time_mask_encodes_the_kept_seconds(tiny, make_model, make_batch):
+    """The same tokens as a plan made by hand gives, with their times; nothing of the other seconds matters."""
+    config = time_config(tiny)
+    model = make_model(config)
+    video, questions, masking = time_batch(make_batch, config, dtype=torch.float32)
+    (frames, mel), _ = drawn(config, video, masking)
+    out = model.encode(video, masking)
+    assert out.visual.kept.shape == (3, 2 * 16)
+    assert out.audio.kept.shape == (3, 4 * 4)
+    assert torch.equal(out.visual.kept, frames.all(2).repeat_interleave(16, 1).nonzero()[:, 1].view(3, -1))
+    other = video._replace(
+        frames=torch.where(frames.unsqueeze(3), video.frames, torch.nan),
+        mel=torch.where(mel.unsqueeze(3), video.mel, torch.nan),
+    )
+    assert torch.equal(model(other, questions, masking), model(video, questions, masking))
 
 
 @pytest.mark.parametrize("unit", [16, 32])
@@ -65,10 +133,7 @@ def test_masked_pixels_and_mels_reach_nothing(tiny, make_model, make_batch, keep
     config = tiny(vision__unit=unit, audio__unit=unit, mask__stratified=stratified)
     model = make_model(config).train()
     video, questions, masking = make_batch(config, keep=keep, dtype=torch.float32)
-    hidden = []
-    for x, seed, grid in ((video.frames, masking.frame_seed, 64 // unit), (video.mel, masking.mel_seed, 64 // unit)):
-        kept = KeptUnits.draw(seed.flatten(), keep, grid, stratified=stratified).tokens(grid)
-        hidden.append(~kept.view(*x.shape[:3]))
+    hidden = [~seen for seen in drawn(config, video, masking)[0]]
 
     def run(frames, mel):
         model.zero_grad()
@@ -95,8 +160,8 @@ def test_only_kept_tokens_leave(tiny, make_model, make_batch):
     model = make_model(config)
     video, _, masking = make_batch(config)
     out = model.encode(video, masking)
-    expected = KeptUnits.draw(masking.frame_seed.flatten(), 0.5, 4, stratified=True).index.view(3, 2, 8)
-    assert torch.equal(out.visual.kept.view(3, 2, 8), expected + torch.tensor([[0], [16]]))
+    expected = drawn(config, video, masking)[0][0].flatten(1).nonzero()[:, 1].view(3, 16)
+    assert torch.equal(out.visual.kept, expected)
     assert out.audio.kept.shape == (3, 16)
 
 
