@@ -146,6 +146,8 @@ def test_as_accurate_as_the_library_in_single_and_half(name, dtype):
     images = truth.images.to(dtype)
     names = ["output", *(key for key, _ in case.library.named_parameters() if "batch_norm" not in key)]
     kinds = [re.sub(r"^layers\.\d+\.(blocks\.\d+\.)?", "", key) for key in names]
+    # One projection, as Swin-V2's is: alone, the true gradient of a key bias is 0, and those of queries cancel.
+    kinds = [re.sub("(query|key|value).*", "qkv", kind) for kind in kinds]
     results: list[list[list[Tensor]]] = [[], [], []]
     for seed in range(6):
         kept = draw(truth, 0.5, True, seed)
@@ -159,12 +161,7 @@ def test_as_accurate_as_the_library_in_single_and_half(name, dtype):
             torch.cat([x.flatten() for draw in result for x, k in zip(draw, kinds, strict=True) if k == kind])
             for result in results
         )
-        if kind == "attention.self.key.bias":  # a softmax cannot see it: all that is found is rounding
-            assert expected.abs().max() < 1e-12
-            assert found.abs().max() < 32 * torch.finfo(dtype).eps * largest
-        else:
-            assert_accurate(found, eager=eager, truth=expected, what=kind)
-            largest = expected.abs().max()
+        assert_accurate(found, eager=eager, truth=expected, what=kind)
 
 
 @pytest.mark.parametrize("name", ["swin", "htsat"])
