@@ -1,8 +1,18 @@
-"""The model. ``SparsifyModel`` is all that most code needs; importing it imports torch."""
+"""The model. ``SparsifyModel`` is all that most code needs, ``MaskedSwinV2`` and ``MaskedHTSAT`` what other models take."""
 
 from __future__ import annotations
 
+from sparsify.model.masked import MaskedHTSAT, MaskedSwinV2
 from sparsify.model.model import ANSWER_COUNT, SparsifyModel
 from sparsify.model.outputs import ModalityTokens, SuperTokens
+from sparsify.model.plan import UnitPlan
 
-__all__ = ["ANSWER_COUNT", "ModalityTokens", "SparsifyModel", "SuperTokens"]
+__all__ = [
+    "ANSWER_COUNT",
+    "MaskedHTSAT",
+    "MaskedSwinV2",
+    "ModalityTokens",
+    "SparsifyModel",
+    "SuperTokens",
+    "UnitPlan",
+]

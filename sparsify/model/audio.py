@@ -16,6 +16,7 @@ from sparsify.config import AudioConfig
 from sparsify.data.units import from_units
 from sparsify.errors import ConfigError
 from sparsify.model.masked import MaskedHTSAT, wrap
+from sparsify.model.masking import KeptUnits
 from sparsify.model.plan import UnitPlan
 
 __all__ = ["AudioEncoder"]
@@ -60,13 +61,13 @@ class AudioEncoder(nn.Module):
         side = self.config.spec_size // self.config.patch_size
         return self.htsat.patch_embed(image).view(-1, side, side, self.config.embed_dim)
 
-    def embed_kept(self, units: Tensor, plan: UnitPlan) -> Tensor:
-        """Log-mel in dB of kept units [M, p*p] as patch embeddings [M * u * u, C]; normalised as ``embed`` says."""
+    def embed_kept(self, kept: KeptUnits) -> Tensor:
+        """Log-mel in dB of kept units as patch embeddings [M * u * u, C]; normalised as ``embed`` says."""
         assert self.masked is not None  # a dense model draws no units
         side = self.config.unit
-        row = plan.unit // plan.grid
+        row = kept.plan.unit // kept.plan.grid
         scale, shift = (x.view(-1, 1, side, 1)[row] for x in self._normalisation())  # [M, 1, p, 1]
-        return self.masked.embed(units.view(-1, 1, side, side).to(scale.dtype) * scale + shift)
+        return self.masked.embed(kept.values.view(-1, 1, side, side).to(scale.dtype) * scale + shift)
 
     def _normalisation(self) -> tuple[Tensor, Tensor]:
         """The batch norm as scale and shift of each row of an image: two [spec_size]."""

@@ -92,7 +92,7 @@ class SparsifyModel(nn.Module):
             v, a = self.vision.embed(video.frames.flatten(0, 1)), self.audio.embed(video.mel.flatten(0, 1))
         else:
             kept_v, kept_a = draw_units(video, masking, self.config, self.vision.masked, self.audio.masked)
-            v, a = self.vision.embed_kept(kept_v.values), self.audio.embed_kept(kept_a.values, kept_a.plan)
+            v, a = self.vision.embed_kept(kept_v), self.audio.embed_kept(kept_a)
         last = len(self.adapters)
         for stage in range(last + 1):
             v = self.vision.stage(stage, v, kept_v.plan if kept_v else None)

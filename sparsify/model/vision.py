@@ -11,6 +11,7 @@ from sparsify._torchvision import ensure_torchvision
 from sparsify.config import VisionConfig
 from sparsify.data.units import from_units
 from sparsify.model.masked import MaskedSwinV2, wrap
+from sparsify.model.masking import KeptUnits
 from sparsify.model.plan import UnitPlan
 
 __all__ = ["VisionEncoder"]
@@ -52,9 +53,9 @@ class VisionEncoder(nn.Module):
         image = from_units(frames, self.config.unit, (self.config.units, self.config.units))
         return self.swin.patch_embed(torch.addcmul(self.shift, image.to(self.scale.dtype), self.scale))
 
-    def embed_kept(self, units: Tensor) -> Tensor:
-        """Pixels of kept units [M, 3*p*p] as patch embeddings [M * u * u, C]."""
-        pixels = units.unflatten(1, (3, self.config.unit, self.config.unit)).to(self.scale.dtype)
+    def embed_kept(self, kept: KeptUnits) -> Tensor:
+        """Pixels of kept units as patch embeddings [M * u * u, C]."""
+        pixels = kept.values.unflatten(1, (3, self.config.unit, self.config.unit)).to(self.scale.dtype)
         assert self.masked is not None  # a dense model draws no units
         return self.masked.embed(torch.addcmul(self.shift, pixels, self.scale))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import NamedTuple
 
 import pytest
@@ -305,3 +306,12 @@ def test_attention_dropout_is_refused_in_training_alone():
     case.library.train()
     with pytest.raises(ValueError, match=r"attention dropout must be 0 in training, got 0\.1"):
         ours(case, kept)
+
+
+def test_the_example_of_the_docs_runs():
+    page = (Path(__file__).resolve().parents[3] / "docs" / "masked_encoders.md").read_text(encoding="utf-8")
+    code = page.split("```python\n")[1].split("```")[0].replace("pretrained=True", "pretrained=False")
+    names: dict[str, object] = {}
+    with torch.no_grad():
+        exec(code, names)
+    assert names["tokens"].shape == (4 * 32, 768)

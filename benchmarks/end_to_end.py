@@ -1,0 +1,282 @@
+"""Masked encoders and the whole model against dense: FLOP, time and peak memory, all in one run.
+
+    python -m benchmarks.end_to_end [--json FILE] [--device cpu|cuda] [--quick] [--only TABLE]
+
+*encoders*: Swin-V2-T at 256 px and HTS-AT with a half and a quarter of their units, against the libraries' own forward
+of everything. *model*: a training step with masks and merging against ``dense=True``. *clips*: the same as clips grow
+from 4 to 60 frames at one a second. Everything that masking costs is inside the times: the draw, the gather of kept
+units, the plan. Runs that are compared take turns, and medians are compared. Memory is the peak of a process of its own
+beyond weights, their gradients and the input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+import sparsify_kernels.flops  # noqa: F401
+from sparsify.batch import Masking, Questions, Video
+from sparsify.config import Config
+from sparsify.data.vocabulary import Vocabulary
+from sparsify.model import SparsifyModel
+from sparsify.model.audio import AudioEncoder
+from sparsify.model.masking import KeptUnits
+from sparsify.model.vision import VisionEncoder
+from sparsify_kernels import random_mask
+from sparsify_kernels.testing import peak_memory
+
+TABLES = ("encoders", "model", "clips")
+WORDS = 14
+Functions = dict[str, Callable[[], None]]
+
+
+class Case(NamedTuple):
+    """What is compared: ``functions(device, size)`` gives calls by name, ``dense`` among them."""
+
+    table: str
+    name: str
+    functions: Callable[[str, int], Functions]
+    size: int  # images or videos
+
+
+class Row(NamedTuple):
+    """One call against dense: shares of its FLOP, time and peak memory, and what dense took."""
+
+    table: str
+    case: str
+    name: str
+    flop: float
+    time: float
+    memory: float
+    dense_gflop: float
+    dense_ms: float
+    dense_mib: float
+
+
+def cases() -> Iterator[Case]:
+    for step in ("forward", "forward + backward"):
+        yield Case("encoders", f"Swin-V2-T, {step}", lambda d, n, s=step: encoder_calls(vision(), d, n, s), 8)
+        yield Case("encoders", f"HTS-AT, {step}", lambda d, n, s=step: encoder_calls(audio(), d, n, s), 8)
+    yield Case("model", "training step, 10 frames, 6 segments", lambda d, n: model_calls(d, n, 10, 6), 1)
+    for frames in (4, 10, 20, 40, 60):
+        segments = -(-frames // 10)
+        yield Case("clips", f"training step, {frames} s", lambda d, n, f=frames, s=segments: model_calls(d, n, f, s), 1)
+
+
+def vision() -> VisionEncoder:
+    return VisionEncoder(Config.preset("paper").vision)
+
+
+def audio() -> AudioEncoder:
+    return AudioEncoder(Config.preset("paper").audio)
+
+
+def encoder_calls(encoder: VisionEncoder | AudioEncoder, device: str, images: int, step: str) -> Functions:
+    """An encoder over ``images`` random images in units: dense, and with a half and a quarter of them."""
+    encoder.to(device).train()
+    grid, unit = encoder.config.units, encoder.config.unit
+    values = 3 * unit**2 if isinstance(encoder, VisionEncoder) else unit**2
+    units = torch.randint(0, 256, (images, grid**2, values), dtype=torch.uint8, device=device)
+    if isinstance(encoder, AudioEncoder):
+        units = (units * 0.3 - 60).half()
+    _give_gradients(encoder)
+    backward = step != "forward"
+
+    def run(x: Tensor, kept: KeptUnits | None) -> None:
+        for stage in range(len(encoder.stage_dims)):
+            x = encoder.stage(stage, x, None if kept is None else kept.plan)
+        x = encoder.finish(x)
+        if backward:
+            x.float().square().mean().backward()
+
+    def dense() -> None:
+        with torch.set_grad_enabled(backward), autocast(device):
+            run(encoder.embed(units), None)
+
+    def masked(keep: float) -> Callable[[], None]:
+        def call() -> None:
+            with torch.set_grad_enabled(backward), autocast(device):
+                seed = torch.arange(images, device=device)
+                tokens, index = random_mask(units, keep, seed=seed, grid=(grid, grid), stratified=True)
+                image = torch.arange(images, device=device).repeat_interleave(index.shape[1])
+                assert encoder.masked is not None
+                kept = KeptUnits(tokens.flatten(0, 1), encoder.masked.plan(image, index.flatten(), images), images)
+                run(encoder.embed_kept(kept), kept)
+
+        return call
+
+    return {"dense": dense, "keep 1/2": masked(0.5), "keep 1/4": masked(0.25)}
+
+
+def model_calls(device: str, videos: int, frames: int, segments: int) -> Functions:
+    """A training step of the paper's model on random clips, four questions each: masks and merging, and dense."""
+    config = Config.preset("paper").replace(**{"clip.frames": frames, "clip.segments": segments})
+    torch.manual_seed(0)
+    sparse = SparsifyModel(config, Vocabulary.build(), pretrained=False).to(device).train()
+    dense = SparsifyModel(config.replace(dense=True), Vocabulary.build(), pretrained=False).to(device).train()
+    v, a = config.vision, config.audio
+    video = Video(
+        torch.randint(0, 256, (videos, frames, v.units**2, 3 * v.unit**2), dtype=torch.uint8),
+        (20 * torch.randn(videos, segments, a.units**2, a.unit**2) - 40).half(),
+        torch.arange(frames).float().expand(videos, -1),
+        10 * torch.arange(segments).float().expand(videos, -1),
+        torch.full((videos,), float(frames)),
+    )
+    count = 4 * videos
+    questions = Questions(
+        torch.randint(2, len(sparse.vocabulary), (count, WORDS)),
+        torch.ones(count, WORDS, dtype=torch.bool),
+        torch.arange(videos).repeat_interleave(4),
+        torch.arange(4).repeat(videos),
+        4,
+    )
+    masking = Masking(
+        torch.arange(videos * frames).view(videos, -1), 1000 + torch.arange(videos * segments).view(videos, -1), 0.5
+    )
+    video, questions, masking = (type(x)(*(_on(y, device) for y in x)) for x in (video, questions, masking))
+    target = torch.zeros(count, dtype=torch.int64, device=device)
+    optimisers = {model: torch.optim.AdamW(model.parameters(), fused=True) for model in (sparse, dense)}
+    for model in (sparse, dense):
+        _give_gradients(model)
+
+    def step(model: SparsifyModel, masks: Masking | None) -> Callable[[], None]:
+        def call() -> None:
+            optimisers[model].zero_grad(set_to_none=False)
+            with autocast(device):
+                loss = F.cross_entropy(model(video, questions, masks).float(), target)
+            loss.backward()
+            optimisers[model].step()
+
+        return call
+
+    return {"dense": step(dense, None), "masks and merging": step(sparse, masking)}
+
+
+def _on(x: Any, device: str) -> Any:
+    return x.to(device) if isinstance(x, Tensor) else x
+
+
+def _give_gradients(module: torch.nn.Module) -> None:
+    """So that they are there before a peak is measured."""
+    for p in module.parameters():
+        p.grad = torch.zeros_like(p)
+
+
+def autocast(device: str) -> torch.autocast:
+    return torch.autocast(device, torch.bfloat16, enabled=device == "cuda")
+
+
+def measure(case: Case, device: str, rounds: int) -> list[Row]:
+    """A row for each call but dense."""
+    functions = case.functions(device, case.size)
+    flop = {name: _flop(call) for name, call in functions.items()}
+    seconds = _take_turns(functions, rounds, device)
+    memory = {name: _memory_of(case, name, device) for name in functions}
+    base = (flop["dense"], seconds["dense"], memory["dense"])
+    return [
+        Row(
+            case.table,
+            case.name,
+            name,
+            flop[name] / base[0],
+            seconds[name] / base[1],
+            memory[name] / max(base[2], 1),
+            base[0] / 1e9,
+            base[1] * 1e3,
+            base[2] / 2**20,
+        )
+        for name in functions
+        if name != "dense"
+    ]
+
+
+def _flop(call: Callable[[], None]) -> int:
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return int(counter.get_total_flops())
+
+
+def _take_turns(functions: Functions, rounds: int, device: str) -> dict[str, float]:
+    """The median seconds of each call."""
+    times: dict[str, list[float]] = {name: [] for name in functions}
+    for _ in range(rounds):
+        for name, call in functions.items():
+            _wait(device)
+            start = time.perf_counter()
+            call()
+            _wait(device)
+            times[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _memory_of(case: Case, name: str, device: str) -> int:
+    """Bytes at the peak of one call, in a process of its own."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(_peak, (case.table, case.name, name, device))
+
+
+def _peak(table: str, case_name: str, name: str, device: str) -> int:
+    case = next(case for case in cases() if (case.table, case.name) == (table, case_name))
+    case.functions(device, 1)[name]()  # what libraries allocate once
+    call = case.functions(device, case.size)[name]
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return int(torch.cuda.max_memory_allocated() - before)
+    return peak_memory(call)[0]
+
+
+def render(rows: list[Row]) -> str:
+    """The rows as Markdown, a share of dense in each column."""
+    lines = ["| | | FLOP | time | memory | dense: GFLOP, ms, MiB |", "|---|---|---|---|---|---|"]
+    lines += [
+        f"| {r.case} | {r.name} | {r.flop:.3f} | {r.time:.2f} | {r.memory:.2f} "
+        f"| {r.dense_gflop:.1f}, {r.dense_ms:.0f}, {r.dense_mib:.0f} |"
+        for r in rows
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.end_to_end", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--json", metavar="FILE", type=Path, help="write the rows there, too")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu (fp32); cuda is bf16")
+    parser.add_argument("--quick", action="store_true", help="3 rounds in place of 7")
+    parser.add_argument("--only", choices=TABLES, help="one table of the three")
+    args = parser.parse_args(arguments)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        print("no GPU here: GPU: not measured", file=sys.stderr)
+        return 1
+    rows: list[Row] = []
+    for case in cases():
+        if args.only in (None, case.table):
+            rows += measure(case, args.device, 3 if args.quick else 7)
+            print(render(rows).splitlines()[-1], file=sys.stderr, flush=True)
+    print(f"{platform.processor() or platform.machine()}, {args.device}, {torch.get_num_threads()} threads")
+    print(render(rows))
+    if args.json is not None:
+        args.json.write_text(json.dumps([row._asdict() for row in rows], indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
