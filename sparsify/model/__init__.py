@@ -1,4 +1,4 @@
-"""The model. ``SparsifyModel`` is all that most code needs, ``MaskedSwinV2`` and ``MaskedHTSAT`` what other models take."""
+"""The model: ``SparsifyModel`` is all that most code needs; the masked encoders are for other models, too."""
 
 from __future__ import annotations
 
