@@ -2,11 +2,11 @@
 
     python -m benchmarks.end_to_end [--json FILE] [--device cpu|cuda] [--quick] [--only TABLE]
 
-*encoders*: Swin-V2-T at 256 px and HTS-AT with a half and a quarter of their units, against the libraries' own forward
-of all tokens, and ``dense=True`` beside it. *model*: a training step with masks and merging against ``dense=True``. *clips*: the same as clips grow
-from 4 to 60 frames at one a second. Everything that masking costs is inside the times: the draw, the gather of kept
-units, the plan. Runs that are compared take turns, and medians are compared. Memory is the peak of a process of its own
-beyond weights, their gradients and the input.
+*encoders*: Swin-V2-T at 256 px and HTS-AT with a half and a quarter of their units, and ``dense=True``, against the
+libraries' own forward of all tokens. *model*: a training step with masks and merging against ``dense=True``. *clips*:
+the same as clips grow from 4 to 60 frames at one a second. Everything that masking costs is inside the times: the draw,
+the gather of kept units, the plan. Runs that are compared take turns, and medians are compared. Memory is the peak of a
+process of its own beyond weights, their gradients and the input.
 """
 
 from __future__ import annotations
