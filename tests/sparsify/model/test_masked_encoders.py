@@ -166,6 +166,48 @@ def test_as_accurate_as_the_library_in_single_and_half(name, dtype):
 
 
 @pytest.mark.parametrize("name", ["swin", "htsat"])
+def test_under_autocast_as_accurate_as_the_library(name):
+    truth, case = make(name, 96, 6, 16), make(name, 96, 6, 16, torch.float32)
+    kept = [draw(truth, 0.5, True, seed) for seed in range(3)]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = torch.stack([ours(case, mask, truth.images.float()).float() for mask in kept])
+        eager = torch.stack([oracle(case, mask, truth.images.float()).float() for mask in kept])
+    assert_accurate(found, eager=eager, truth=torch.stack([oracle(truth, mask) for mask in kept]))
+
+
+PUBLISHED = [
+    ("swinv2_tiny_window8_256", ()),
+    ("swinv2_small_window8_256", ()),
+    ("swinv2_base_window8_256", ()),
+    ("HTS-AT tiny", (96, (2, 2, 6, 2))),
+    ("HTS-AT base", (128, (2, 2, 12, 2))),
+]
+
+
+@pytest.mark.parametrize(("name", "size"), PUBLISHED)
+def test_published_encoders(name, size):
+    """Swin-V2-T, -S and -B as timm names them, HTS-AT in its two sizes: one image at 256 px, in fp32."""
+    import timm
+
+    torch.manual_seed(0)
+    if size:
+        config = AudioConfig(embed_dim=size[0], depths=size[1])
+        library, wrapper, channels = build_htsat(config), MaskedHTSAT, 1
+    else:
+        library, wrapper, channels = timm.create_model(name, num_classes=0), MaskedSwinV2, 3
+    with torch.no_grad():
+        for key, p in library.named_parameters():
+            if p.ndim <= 1 and "norm" in key:
+                p.normal_()
+    case = Case(library.eval(), wrapper(library, 32), torch.randn(1, channels, 256, 256))
+    kept = draw(case, 0.5, True)
+    with torch.no_grad():
+        found, expected = ours(case, kept), oracle(case, kept)
+    assert found.shape == (32, library.num_features)
+    assert (found - expected).norm() / expected.norm() < 1e-5
+
+
+@pytest.mark.parametrize("name", ["swin", "htsat"])
 def test_a_plan_moved_by_one_position_is_seen(name):
     case = make(name, 64, 4, 16)
     kept = draw(case, 0.5, True)
