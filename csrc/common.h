@@ -162,6 +162,7 @@ void register_key_tokens(Library& library);
 void register_merge_tokens(Library& library);
 void register_random_mask(Library& library);
 void register_attention_scores(Library& library);
+void register_window_attention(Library& library);
 
 }  // namespace sparsify
 

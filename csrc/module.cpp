@@ -19,6 +19,7 @@ PyObject* register_kernels(PyObject*, PyObject*) {
       sparsify::register_key_tokens(library);
       sparsify::register_merge_tokens(library);
       sparsify::register_random_mask(library);
+      sparsify::register_window_attention(library);
       return true;
     }();
     static_cast<void>(registered);

@@ -1,0 +1,195 @@
+// window_attention, one window of one head at a time; the formulas are in
+// sparsify_kernels/window_attention/reference.py. Included once an instruction set, after window_attention_places.inl.
+//
+// Only tokens that are there are read: a window's rows are gathered, widened and laid out for the product, its logits
+// begin as the bias of its pairs of places, and a tile of queries meets all keys.
+
+constexpr int64_t kTileRows = 24;
+constexpr double kSmallestNorm = 1e-12;
+
+// The rows of a window in one head, widened and laid out for the products.
+template <class A>
+class Rows {
+ public:
+  static constexpr int64_t lanes = Lanes<A>::width;
+
+  explicit Rows(const WindowInputs& in) : in_(in), width_(rounded_up(in.dim, lanes)) {}
+
+  // Numbers in a row.
+  int64_t width() const {
+    return width_;
+  }
+
+  // Rows of the window's tokens times a factor to [count, width].
+  template <class T>
+  void read(const TokenRows& from, int64_t part, int64_t h, const Places<A>& places, A factor, A* to) const {
+    const T* rows = static_cast<const T*>(from.data) + part * from.part + h * from.head;
+    for (int64_t i = 0; i < places.count(); ++i) {
+      read_row<A>(rows + places.token(i) * from.token, in_.dim, factor, to + i * width_);
+    }
+  }
+
+  // Rows [count, width] to columns [dim, padded]; `from` has room for padded rows.
+  void turn(A* from, const Places<A>& places, A* to) const {
+    fill(from + places.count() * width_, (places.padded() - places.count()) * width_, A{0});
+    for (int64_t j = 0; j < places.padded(); j += lanes) {
+      for (int64_t c = 0; c < in_.dim; c += lanes) {
+        transpose_square<A>(from + j * width_ + c, width_, to + c * places.padded() + j, places.padded(), in_.dim - c);
+      }
+    }
+  }
+
+  // Divides rows by their lengths, which count as at least the smallest, times a factor; leaves the lengths in `norm`
+  // [padded].
+  void point(A* rows, const Places<A>& places, A factor, A* norm, A* inverse) const {
+    for (int64_t i = 0; i < places.count(); ++i) {
+      Vector<A> sum = {};
+      for (int64_t c = i * width_; c < (i + 1) * width_; c += lanes) {
+        sum += load(rows + c) * load(rows + c);
+      }
+      norm[i] = everywhere_sum<A>(sum)[0];
+    }
+    fill(norm + places.count(), places.padded() - places.count(), A{0});
+    for (int64_t i = 0; i < places.padded(); i += lanes) {
+      const Vector<A> length = root_of<A>(load(norm + i)), smallest = Vector<A>{} + static_cast<A>(kSmallestNorm);
+      store(norm + i, length);
+      store(inverse + i, factor / larger<A>(smallest, length));
+    }
+    for (int64_t i = 0; i < places.count(); ++i) {
+      for (int64_t c = i * width_; c < (i + 1) * width_; c += lanes) {
+        store(rows + c, load(rows + c) * inverse[i]);
+      }
+    }
+  }
+
+  // What the dot products of head h are multiplied by.
+  A factor(int64_t h) const {
+    if (in_.scale != nullptr) {
+      return static_cast<const A*>(in_.scale)[h];
+    }
+    return in_.cosine ? A{1} : static_cast<A>(1 / __builtin_sqrt(static_cast<double>(in_.dim)));
+  }
+
+ private:
+  const WindowInputs& in_;
+  const int64_t width_;
+};
+
+template <class A>
+class Forward {
+ public:
+  template <class T>
+  static void run(const WindowForward& args, int64_t begin, int64_t end) {
+    Forward work(args);
+    for (int64_t item = begin; item < end; ++item) {
+      const int64_t slab = item / args.in.heads, h = item % args.in.heads;
+      work.places_.begin_head(h);
+      for (int64_t w = args.in.slab_begin(slab); w < args.in.slab_begin(slab + 1); ++w) {
+        work.template window<T>(w, h);
+      }
+    }
+  }
+
+ private:
+  static constexpr int64_t lanes = Lanes<A>::width;
+
+  explicit Forward(const WindowForward& args)
+      : args_(args),
+        in_(args.in),
+        places_(in_),
+        rows_(in_),
+        most_(rounded_up(in_.most, lanes)),
+        scratch_(bytes()),
+        queries_(scratch_.take<A>(most_ * rows_.width())),
+        keys_(scratch_.take<A>(most_ * rows_.width())),
+        panel_(scratch_.take<A>(most_ * rows_.width())),
+        values_(scratch_.take<A>(most_ * rows_.width())),
+        logits_(scratch_.take<A>(kTileRows * most_)),
+        output_(scratch_.take<A>(kTileRows * rows_.width())),
+        norm_(scratch_.take<A>(most_)),
+        inverse_(scratch_.take<A>(most_)),
+        top_(scratch_.take<A>(rounded_up(kTileRows, lanes))),
+        total_(scratch_.take<A>(rounded_up(kTileRows, lanes))) {}
+
+  // What the constructor takes, with room for rounding each piece up.
+  int64_t bytes() const {
+    const int64_t rows = 4 * most_ + kTileRows;
+    const int64_t numbers = rows * rows_.width() + kTileRows * most_ + 2 * most_ + 2 * rounded_up(kTileRows, lanes);
+    return numbers * static_cast<int64_t>(sizeof(A)) + 11 * 64;
+  }
+
+  template <class T>
+  void window(int64_t w, int64_t h) {
+    const int64_t count = places_.begin_window(w), width = rows_.width(), padded = places_.padded();
+    if (count == 0) {
+      return;
+    }
+    const A factor = rows_.factor(h);
+    rows_.template read<T>(in_.qkv, 0, h, places_, in_.cosine ? A{1} : factor, queries_);
+    rows_.template read<T>(in_.qkv, 1, h, places_, A{1}, keys_);
+    rows_.template read<T>(in_.qkv, 2, h, places_, A{1}, values_);
+    if (in_.cosine) {
+      rows_.point(queries_, places_, factor, norm_, inverse_);
+      rows_.point(keys_, places_, A{1}, norm_, inverse_);
+    }
+    rows_.turn(keys_, places_, panel_);
+    const int64_t tiles = (count + kTileRows - 1) / kTileRows;
+    for (int64_t t = 0; t < tiles; ++t) {
+      const int64_t begin = count * t / tiles, rows = count * (t + 1) / tiles - begin;
+      for (int64_t i = 0; i < rows; ++i) {
+        places_.addend(begin + i, logits_ + i * padded);
+      }
+      multiply<A, false>(rows, padded / lanes, in_.dim, queries_ + begin * width, width, panel_, padded, logits_, padded,
+                         Finish<A>{nullptr, A{1}});
+      probabilities(rows);
+      fill(output_, rows * width, A{0});
+      multiply<A, false>(rows, width / lanes, count, logits_, padded, values_, width, output_, width,
+                         Finish<A>{nullptr, A{1}});
+      write<T>(begin, rows, h);
+    }
+  }
+
+  // exp(logit - top) in place of the logits; the largest logit and the sum of each row.
+  void probabilities(int64_t rows) {
+    const int64_t padded = places_.padded();
+    for (int64_t i = 0; i < rows; ++i) {
+      A* row = logits_ + i * padded;
+      Vector<A> best = load(row), total = {};
+      for (int64_t j = lanes; j < padded; j += lanes) {
+        best = larger<A>(load(row + j), best);
+      }
+      best = everywhere_largest<A>(best);
+      for (int64_t j = 0; j < padded; j += lanes) {
+        const Vector<A> e = exp_of<A>(load(row + j) - best);
+        store(row + j, e);
+        total += e;
+      }
+      top_[i] = best[0];
+      total_[i] = everywhere_sum<A>(total)[0];
+    }
+  }
+
+  template <class T>
+  void write(int64_t begin, int64_t rows, int64_t h) {
+    fill(total_ + rows, rounded_up(rows, lanes) - rows, A{1});
+    fill(top_ + rows, rounded_up(rows, lanes) - rows, A{0});
+    for (int64_t i = 0; i < rows; i += lanes) {
+      const Vector<A> total = load(total_ + i);
+      store(top_ + i, load(top_ + i) + log_of(total));
+      store(total_ + i, A{1} / total);
+    }
+    for (int64_t i = 0; i < rows; ++i) {
+      const int64_t at = places_.token(begin + i) * in_.heads + h;
+      static_cast<A*>(args_.lse)[at] = top_[i];
+      write_row(output_ + i * rows_.width(), in_.dim, total_[i], static_cast<T*>(args_.output) + at * in_.dim);
+    }
+  }
+
+  const WindowForward& args_;
+  const WindowInputs& in_;
+  Places<A> places_;
+  const Rows<A> rows_;
+  const int64_t most_;
+  Scratch scratch_;
+  A *queries_, *keys_, *panel_, *values_, *logits_, *output_, *norm_, *inverse_, *top_, *total_;
+};
