@@ -249,6 +249,26 @@ def test_stochastic_depth_drops_the_images_that_the_library_drops(name):
 
 
 @pytest.mark.parametrize("name", ["swin", "htsat"])
+def test_dropout_of_projections_and_mlps_is_the_librarys(name):
+    """In training it drops, and scales what stays; in evaluation it does nothing."""
+    case = make(name, 64, 4, 16)
+    kept = draw(case, 0.5, True)
+    still = ours(case, kept)
+    for module in case.library.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.2
+    assert torch.equal(ours(Case(case.library.eval(), case.masked, case.images), kept), still)
+    case.library.train()
+    for key, module in case.library.named_modules():
+        if key.endswith(("attn_drop", "self.dropout")):
+            module.p = 0.0
+    torch.manual_seed(0)
+    one, other = ours(case, kept), ours(case, kept)
+    assert (one - other).abs().max() > 0.01
+    assert all(gradient.isfinite().all() for gradient in gradients(case, one))
+
+
+@pytest.mark.parametrize("name", ["swin", "htsat"])
 def test_gradient_checkpointing_computes_blocks_twice_and_the_same(name):
     case = make(name, 64, 4, 16)
     kept = draw(case, 0.5, True)
