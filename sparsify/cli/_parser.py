@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import sparsify
 from sparsify.errors import UsageError
 
-__all__ = ["Parser", "build_parser", "count", "positive", "seed"]
+__all__ = ["Parser", "build_parser", "count", "positive", "seed", "share"]
 
 DESCRIPTION = """\
 Answers questions about music videos without computing most of the video: in training half of the frames and of the
@@ -81,6 +81,14 @@ def count(text: str) -> int:
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 0, got {text!r}")
     return int(text)
+
+
+def share(text: str) -> float:
+    """An argument type: a share in [0, 1)."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected a share of at least 0 and below 1, got {text!r}")
+    return value
 
 
 def seed(text: str) -> int:

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from sparsify.cli._parser import count, seed
+from sparsify.cli._parser import count, seed, share
 from sparsify.config import PRESETS, Config
 from sparsify.errors import UsageError
 
@@ -24,7 +24,8 @@ examples:
   sparsify train data/demo --output runs/demo                 a CPU, minutes
   sparsify train data/music_avqa --preset paper --output runs/paper \\
       --vision-weights swinv2_tiny_window8_256.ms_in1k --audio-weights laion/clap-htsat-unfused
-  sparsify train data/demo --dense --output runs/dense        the baseline: nothing masked, nothing merged
+  sparsify train data/demo --dense --output runs/dense        the baseline: nothing masked, merged or skipped
+  sparsify train data/demo --skip 0.5 --output runs/skip      easy videos are not encoded in every epoch
   sparsify train data/demo --deaf --output runs/deaf          a control: what is the sound worth?
   sparsify train data/demo --set train.lr=3e-4 --set mask.epochs=[0,6]
   sparsify train data/demo --resume --output runs/demo        go on with a stopped run
@@ -37,6 +38,7 @@ _SHORTCUTS = {
     "epochs": "train.epochs",
     "seed": "train.seed",
     "workers": "train.workers",
+    "skip": "select.skip",
     "vision_weights": "vision.weights",
     "audio_weights": "audio.weights",
     "text_weights": "text.weights",
@@ -62,7 +64,14 @@ def add(commands: Any) -> None:
     config.add_argument(
         "--workers", metavar="N", type=count, help="data loading processes; 0 loads in the main process"
     )
-    config.add_argument("--dense", action="store_true", help="no masking and no merging: the baseline")
+    config.add_argument(
+        "--skip",
+        metavar="SHARE",
+        type=share,
+        help="an epoch skips this share of the videos that the model finds easy; 0.5 in the paper, there of the "
+        "questions: --set select.unit=question",
+    )
+    config.add_argument("--dense", action="store_true", help="no masking, merging, skipping: the baseline")
     controls = config.add_mutually_exclusive_group()
     controls.add_argument("--blind", action="store_true", help="a control: no picture")
     controls.add_argument("--deaf", action="store_true", help="a control: no sound")

@@ -115,6 +115,7 @@ class _Experiment:
         state = self.load_state(splits) if resume else fresh
         state.seconds["prepare"] += time.monotonic() - started
         state.skipped |= skipped["train"]
+        state.left_out = state.left_out if resume else list(skipped["train"])
         if main and not resume:
             write_text(output / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
         model = self.load_model(init) if init and not resume else self.new_model(splits["train"], resume)
@@ -124,7 +125,8 @@ class _Experiment:
                 self.root, splits[name], config, model.vocabulary, cache, config.train.inputs, skipped[name]
             )
 
-        usable = [i for i, video in enumerate(splits["train"].videos) if video not in state.skipped]
+        left_out = set(state.left_out)
+        usable = [i for i, video in enumerate(splits["train"].videos) if video not in left_out]
         if not usable:
             reason = next(iter(state.skipped.values()))
             raise DataError(f"{splits['train'].path}: none of the {len(state.skipped)} videos can be read ({reason})")
@@ -239,6 +241,7 @@ class _Experiment:
             },
             "best": {"epoch": state.best_epoch, "val_accuracy": state.best_accuracy},
             "history": state.history,
+            "selection": _selection(config, state),
             "judged": judged,
             "evaluation": {name: result.to_dict() for name, result in found.items()},
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -275,6 +278,15 @@ class _Experiment:
     def say(self, text: str) -> None:
         if self.progress and self.accelerator.is_main_process:
             say(text)
+
+
+def _selection(config: Config, state: RunState) -> dict[str, Any]:
+    """What the run skipped, as shares of what its epochs would have trained on without selection."""
+    shares = {}
+    for kind in ("questions", "videos"):
+        skipped = sum(line[f"{kind}_skipped"] for line in state.history)
+        shares[f"{kind}_skipped"] = skipped / max(1, skipped + sum(line[kind] for line in state.history))
+    return {"unit": config.select.unit, "skip": config.select.skip} | shares
 
 
 def _machine(accelerator: Accelerator) -> dict[str, Any]:

@@ -15,7 +15,7 @@ from sparsify.batch import Batch
 from sparsify.data.dataset import Item, VideoDataset, collate
 from sparsify.data.music_avqa import Question
 
-__all__ = ["Loaded", "epoch_order", "load_batches", "share", "step_seed", "to_device"]
+__all__ = ["Loaded", "draw_seed", "epoch_order", "load_batches", "share", "step_seed", "to_device"]
 
 
 class Loaded(NamedTuple):
@@ -37,6 +37,11 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return _hash("step", seed, step, rank)
 
 
+def draw_seed(seed: int, epoch: int) -> int:
+    """Seed of the draw of the samples that an epoch skips."""
+    return _hash("select", seed, epoch)
+
+
 def _hash(*parts: object) -> int:
     digest = hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") & (2**63 - 1)
@@ -56,24 +61,35 @@ def load_batches(
     keep: float,
     workers: int,
     pin: bool,
+    asked: frozenset[int] | None = None,
 ) -> Iterator[Loaded]:
-    """One ``Loaded`` for each list of indices in ``steps``, in order; ``keep < 1`` draws the masks of ``epoch``."""
+    """One ``Loaded`` for each list of indices in ``steps``, in order; ``keep < 1`` draws the masks of ``epoch``.
+
+    ``asked`` are the ids of the questions to ask; None asks all of the steps' videos.
+    """
     loader = DataLoader(
         dataset,
         batch_sampler=steps,  # type: ignore[arg-type]
-        collate_fn=functools.partial(_collate, epoch=epoch, run_seed=run_seed, keep=keep),
+        collate_fn=functools.partial(_collate, epoch=epoch, run_seed=run_seed, keep=keep, asked=asked),
         num_workers=workers,
         pin_memory=pin,
     )
     return iter(loader)
 
 
-def _collate(items: list[Item], *, epoch: int, run_seed: int, keep: float) -> Loaded:
+def _collate(items: list[Item], *, epoch: int, run_seed: int, keep: float, asked: frozenset[int] | None) -> Loaded:
+    if asked is not None:
+        items = [_only(item, asked) for item in items]
     return Loaded(
         collate(items, epoch=epoch, run_seed=run_seed, keep=keep),
         tuple(question for item in items if item.clip is not None for question in item.questions),
         {item.video_id: item.error or "cannot be read" for item in items if item.clip is None},
     )
+
+
+def _only(item: Item, asked: frozenset[int]) -> Item:
+    kept = [i for i, question in enumerate(item.questions) if question.id in asked]
+    return item._replace(questions=tuple(item.questions[i] for i in kept), words=tuple(item.words[i] for i in kept))
 
 
 def to_device(value: Any, device: torch.device) -> Any:

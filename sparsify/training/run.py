@@ -40,7 +40,7 @@ __all__ = [
     "write_text",
 ]
 
-STATE_VERSION = 1
+STATE_VERSION = 2
 ORPHAN_SECONDS = 10.0  # loader processes of a killed run hold its lock for up to 5 s
 
 
@@ -51,13 +51,16 @@ class RunState:
     epoch: int = 0  # the epoch under way, 0-based
     step: int = 0  # steps taken in it
     steps: int = 0  # steps taken in all
-    loss_sum: float = 0.0  # over the questions of the epoch under way
+    loss_sum: float = 0.0  # weighted, over the questions of the epoch under way
+    weight_sum: float = 0.0  # of these questions
     questions: int = 0
+    videos: int = 0
     best_epoch: int | None = None
     best_accuracy: float = -1.0
     history: list[dict[str, Any]] = field(default_factory=list)  # one entry a finished epoch
     seconds: dict[str, float] = field(default_factory=lambda: {"prepare": 0.0, "train": 0.0, "evaluate": 0.0})
-    skipped: dict[str, str] = field(default_factory=dict)  # training videos left out, with the reason
+    left_out: list[str] = field(default_factory=list)  # training videos that could not be read when the run began
+    skipped: dict[str, str] = field(default_factory=dict)  # these and those that could not be read later, with reason
     fingerprints: dict[str, str] = field(default_factory=dict)  # of the splits
     metrics_bytes: int = 0
 

@@ -31,6 +31,7 @@ from sparsify.training.loading import Loaded, epoch_order, load_batches, share, 
 from sparsify.training.metrics import MetricsLog
 from sparsify.training.optim import Precision, build_optimizer, lr_factor, set_learning_rates
 from sparsify.training.run import RunState, restore_optimizer, write_folder, write_state
+from sparsify.training.selection import Selection
 from sparsify.training.stopping import InterruptedRun, StopRequest
 
 if TYPE_CHECKING:
@@ -59,7 +60,7 @@ class _Taken(NamedTuple):
     step: int  # of the epoch
     video_id: tuple[str, ...]
     counts: tuple[int, int]  # videos, questions
-    values: Tensor  # fp32 [2]: sum of the questions' losses, gradient norm
+    values: Tensor  # fp32 [3]: weighted sum of the questions' losses, sum of the weights, gradient norm
 
 
 @dataclass
@@ -85,8 +86,10 @@ class Trainer:
         self.device = self.accelerator.device
         self.model.to(self.device)
         optimizer = build_optimizer(self.model, train, self.device)
+        self.selection = Selection(self.data.train_split, self.config, self.device)
         if self.resume:
             restore_optimizer(self.output / "last", self.model, optimizer)
+            self.selection.load(self.output / "last")
         self.net, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.inner = optimizer  # not wrapped by Accelerate
         videos = list(self.data.train_split.videos.items())
@@ -121,33 +124,42 @@ class Trainer:
     def train_epoch(self) -> None:
         """The steps that are left of the epoch under way."""
         train, state = self.config.train, self.state
+        if state.step == 0:
+            self.selection.start_epoch(state.epoch)
+        asked_about, asked = self.selection.asked()
         order = [self.data.usable[i] for i in epoch_order(len(self.data.usable), train.seed, state.epoch)]
+        order = [i for i in order if asked_about[i]]
         steps = [order[i : i + train.videos] for i in range(0, len(order), train.videos)]
         left, keep = steps[state.step :], self.config.keep_at(state.epoch)
         if not left:
             return  # resumed from a stop during the evaluation
         batches = load_batches(
             self.data.train,
-            # A process that a short step leaves without a video computes one with weight 0: all take part in a step.
+            # A process that a short step leaves without a video computes one that does not count: all take part.
             [share(step, self.rank, self.world) or step[:1] for step in left],
             epoch=state.epoch,
             run_seed=train.seed,
             keep=keep,
             workers=train.workers,
             pin=self.device.type == "cuda",
+            asked=asked,
         )
         masked = "" if keep == 1 else f", {keep:.0%} of the input"
         self.net.train()
         self.timed = time.monotonic()
         with self.bar(f"epoch {state.epoch + 1}/{train.epochs}{masked}", sum(map(len, left))) as advance:
             for step, loaded in zip(left, batches, strict=True):
-                self.take_step(loaded, len(steps), weight=1.0 if self.rank < len(step) else 0.0)
+                self.take_step(loaded, len(steps), counts=self.rank < len(step))
                 note = self.log() if state.step == len(steps) or state.steps % self.log_every == 0 else ""
                 advance(len(step), note)
                 self.between_steps()
 
-    def take_step(self, loaded: Loaded, steps: int, weight: float) -> None:
-        """Forward, backward and update for one batch of this process, in an epoch of ``steps``."""
+    def take_step(self, loaded: Loaded, steps: int, counts: bool) -> None:
+        """Forward, backward and update for one batch of this process, in an epoch of ``steps``.
+
+        The loss of the step is ``sum(w_i * l_i)`` over its questions, by the number of questions that a step has on
+        average when none is skipped. ``counts=False``: this process only keeps the others company.
+        """
         state, train = self.state, self.config.train
         state.skipped |= loaded.skipped
         if loaded.batch is None and self.world > 1:
@@ -167,18 +179,23 @@ class Trainer:
             losses = F.cross_entropy(
                 logits.float(), batch.label, reduction="none", label_smoothing=train.label_smoothing
             )
-            total = weight * losses.sum()
+            places = self.selection.places(loaded.questions).to(self.device, non_blocking=True)
+            weights = self.selection.weight[places] * float(counts)  # [Q]
+            total = (weights * losses).sum()
             objective = total
             if matching is not None:
-                others = F.cross_entropy(matching, batch.questions.video_index, reduction="sum")
-                objective = total + weight * train.matching * others
+                others = F.cross_entropy(matching, batch.questions.video_index, reduction="none")
+                objective = total + train.matching * (weights * others).sum()
             # Gradients are averaged over the processes.
             self.accelerator.backward(objective * (self.world / self.nominal))
             norm = self.accelerator.clip_grad_norm_(self.net.parameters(), train.clip_norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-            counts = (len(batch.video_id), len(loaded.questions)) if weight else (0, 0)
-            self.pending.append(_Taken(state.step, batch.video_id, counts, torch.stack([total.detach(), norm])))
+            if counts:
+                self.selection.record(places, losses.detach(), batch.questions)
+            done = (len(batch.video_id), len(loaded.questions)) if counts else (0, 0)
+            values = torch.stack([total.detach(), weights.sum(), norm])
+            self.pending.append(_Taken(state.step, batch.video_id, done, values))
         state.step += 1
         state.steps += 1
         self.taken += 1
@@ -195,7 +212,7 @@ class Trainer:
         if not seen["questions"]:
             return ""
         rates = {group["encoder"]: group["lr"] for group in self.inner.param_groups}
-        loss, keep = seen["loss"] / seen["questions"], self.config.keep_at(self.state.epoch)
+        loss, keep = seen["loss"] / seen["weight"], self.config.keep_at(self.state.epoch)
         line = {
             "epoch": self.state.epoch,
             "loss": loss,
@@ -216,15 +233,17 @@ class Trainer:
         if not self.pending:
             return
         counts = torch.tensor([taken.counts for taken in self.pending], dtype=torch.float32, device=self.device)
-        table = torch.cat([torch.stack([taken.values for taken in self.pending]), counts], dim=1)  # [steps, 4]
+        table = torch.cat([torch.stack([taken.values for taken in self.pending]), counts], dim=1)  # [steps, 5]
         table = self.accelerator.reduce(table, "sum")
-        for taken, (loss, norm, videos, questions) in zip(self.pending, table.tolist(), strict=True):
+        for taken, (loss, weight, norm, videos, questions) in zip(self.pending, table.tolist(), strict=True):
             norm /= self.world
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise self.diverged(taken.step, taken.video_id, f"loss {loss}, gradient norm {norm}")
             self.state.loss_sum += loss
+            self.state.weight_sum += weight
             self.state.questions += int(questions)
-            self.window.update(loss=loss, norm=norm, videos=videos, questions=questions, steps=1)
+            self.state.videos += int(videos)
+            self.window.update(loss=loss, weight=weight, norm=norm, videos=videos, questions=questions, steps=1)
         self.pending.clear()
 
     def diverged(self, step: int, video_id: tuple[str, ...], what: str) -> TrainingError:
@@ -263,18 +282,22 @@ class Trainer:
     def end_epoch(self) -> None:
         """Evaluate, keep the model if it is the best so far, write the epoch's line, save."""
         state = self.state
+        self.selection.synchronise(self.accelerator)
+        skipped = self.selection.skipped()
         result = self.validate()
         state.seconds["evaluate"] += result.seconds
         line = {
             "epoch": state.epoch,
-            "loss": state.loss_sum / max(1, state.questions),
+            "loss": state.loss_sum / max(1.0, state.weight_sum),
             "keep": self.config.keep_at(state.epoch),
             "val_loss": result.loss,
             "val_accuracy": result.accuracy,
             "val_floor": result.scores.overall.floor,
             "super_tokens": result.super_tokens,
             "questions": state.questions,
-            "videos": len(self.data.usable),
+            "questions_skipped": skipped.questions,
+            "videos": state.videos,
+            "videos_skipped": skipped.videos,
             "train_seconds": state.seconds["train"],
             "evaluate_seconds": state.seconds["evaluate"],
         }
@@ -287,9 +310,12 @@ class Trainer:
             f"epoch {state.epoch + 1}/{self.config.train.epochs}: loss {line['loss']:.3f}, "
             f"validation {100 * result.accuracy:.2f} % (floor {100 * (line['val_floor'] or 0):.2f} %), "
             f"{format_seconds(state.seconds['train'])} trained"
+            + (f", {skipped.videos} videos and {skipped.questions} questions skipped" if skipped.questions else "")
             + (", best so far" if state.best_epoch == state.epoch else "")
         )
-        state.epoch, state.step, state.loss_sum, state.questions = state.epoch + 1, 0, 0.0, 0
+        self.selection.end_epoch(state.epoch)
+        state.epoch, state.step = state.epoch + 1, 0
+        state.loss_sum, state.weight_sum, state.questions, state.videos = 0.0, 0.0, 0, 0
         self.save_last()
 
     def validate(self) -> EvalResult:
@@ -323,11 +349,13 @@ class Trainer:
         """``last/`` becomes the present state, whole; losses are looked at first, so that it has never diverged."""
         if self.pending or self.window:
             self.log()
+        self.selection.synchronise(self.accelerator)
         self.state.metrics_bytes = self.metrics.length
 
         def fill(folder: Path) -> None:
             self.model.save_pretrained(folder)
             write_state(folder, self.state, self.model, self.inner)
+            self.selection.save(folder)
 
         self.write("last", fill)
         self.saved = time.monotonic()

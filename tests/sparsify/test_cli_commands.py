@@ -200,7 +200,7 @@ def test_train_options_become_a_config(
     tmp_path: Path, trained_with: dict[str, object], capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = [part for name in ("train", "val", "test") for part in (f"--{name}", str(tmp_path / f"{name}.json"))]
-    shortcuts = ["--epochs", "3", "--seed", "7", "--workers", "2", "--deaf"]
+    shortcuts = ["--epochs", "3", "--seed", "7", "--workers", "2", "--skip", "0.25", "--deaf"]
     weights = ["--vision-weights", "a/b", "--audio-weights", "c", "--text-weights", "d"]
     extra = [
         "--preset",
@@ -217,6 +217,7 @@ def test_train_options_become_a_config(
         "train.epochs": 3,
         "train.seed": 7,
         "train.workers": 2,
+        "select.skip": 0.25,
         "train.inputs": "deaf",
         "train.lr": 3e-4,
         "mask.epochs": (0, None),

@@ -228,8 +228,8 @@ def test_an_optimizer_of_another_model_is_refused(tmp_path: Path) -> None:
     [
         (None, "missing; this checkpoint cannot be resumed"),
         ("[", "not JSON"),
-        ('{"version": 0}', "expected a training state of version 1"),
-        ('{"version": 1, "epoch": 0}', "expected the keys best_accuracy, .* got epoch"),
+        ('{"version": 0}', "expected a training state of version 2"),
+        ('{"version": 2, "epoch": 0}', "expected the keys best_accuracy, .* got epoch"),
     ],
 )
 def test_a_strange_training_state_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
