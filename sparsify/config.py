@@ -153,11 +153,13 @@ class FusionConfig:
 
 @dataclass(frozen=True)
 class SelectConfig:
-    """Selection of samples, anew in each epoch (paper, section 3.4; InfoBatch, arXiv 2303.04947)."""
+    """Selection of samples (paper, section 3.4), anew in each epoch (InfoBatch, arXiv 2303.04947) and beforehand."""
 
     skip: float = 0.0  # share of the easy samples (loss at most the mean) that an epoch skips; 0: every epoch is whole
     unit: str = "video"  # what is skipped: a video with all of its questions, which is then not encoded; or a question
     until: float = 0.875  # share of the epochs that skip; the first, which knows no losses, and the rest are whole
+    subset: str | None = None  # a file of `sparsify select`, or annotations: train on these questions alone
+    filter_leaks: bool = False  # leave out questions of ``subset`` that are in an evaluated split, instead of refusing
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,7 @@ _SHORTCUTS = {
     "seed": "train.seed",
     "workers": "train.workers",
     "skip": "select.skip",
+    "subset": "select.subset",
     "vision_weights": "vision.weights",
     "audio_weights": "audio.weights",
     "text_weights": "text.weights",
@@ -84,6 +85,12 @@ def add(commands: Any) -> None:
     )
     data = parser.add_argument_group("data")
     data.add_argument("--cache", metavar="DIR", type=Path, help="decoded clips (default: ROOT/cache)")
+    data.add_argument(
+        "--subset", metavar="FILE", type=_existing, help="train on these questions only: what `sparsify select` wrote"
+    )
+    data.add_argument(
+        "--filter-leaks", action="store_true", help="leave out questions of --subset that the run is judged by"
+    )
     for name in ("train", "val", "test"):
         data.add_argument(f"--{name}", metavar="FILE", type=Path, help=f"instead of ROOT/annotations/avqa-{name}.json")
     parser.set_defaults(run=run)
@@ -111,6 +118,8 @@ def _config(args: argparse.Namespace) -> Config | None:
         for name, key in _SHORTCUTS.items()
         if getattr(args, name) is not None
     ]
+    if args.filter_leaks:
+        options.append("select.filter_leaks=true")
     if args.dense:
         options.append("dense=true")
     options += [f"train.inputs={name}" for name in ("blind", "deaf", "textonly") if getattr(args, name)]
@@ -119,6 +128,13 @@ def _config(args: argparse.Namespace) -> Config | None:
     if not options:
         return None
     return _saved_config(args.output).with_options(options)
+
+
+def _existing(text: str) -> str:
+    """An argument type: a file, by its absolute path, so that a resumed run finds it from anywhere."""
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"expected a file, found {'a folder' if Path(text).is_dir() else 'nothing'}")
+    return str(Path(text).resolve())
 
 
 def _saved_config(run_folder: Path) -> Config:

@@ -19,6 +19,7 @@ from sparsify.config import Config
 from sparsify.data.cache import ClipCache
 from sparsify.data.dataset import VideoDataset, prepare
 from sparsify.data.music_avqa import DataRoot, Split
+from sparsify.data.subset import apply_subset
 from sparsify.data.vocabulary import Vocabulary
 from sparsify.errors import CheckpointError, DataError, UsageError
 from sparsify.model import SparsifyModel
@@ -109,11 +110,14 @@ class _Experiment:
         cache = ClipCache(self.cache_folder, config)
         names = ("train", "val", "test") if self.root.has("test") else ("train", "val")
         splits = {name: self.root.split(name) for name in names}
+        if config.select.subset is not None:
+            splits["train"] = self.subset(splits)
         skipped = {name: self.decode(split, cache) for name, split in splits.items()}
         resume = resume and (output / "last").exists()
         fresh = RunState(fingerprints={name: split.fingerprint for name, split in splits.items()})
         state = self.load_state(splits) if resume else fresh
         state.seconds["prepare"] += time.monotonic() - started
+        state.train_file = str(self.root.annotation_path("train").resolve())
         state.skipped |= skipped["train"]
         state.left_out = state.left_out if resume else list(skipped["train"])
         if main and not resume:
@@ -161,6 +165,16 @@ class _Experiment:
             f"run folder {self.output}; {processes} x {self.accelerator.device}, {torch.get_num_threads()} threads; "
             f"{precision.name}: {precision.reason}"
         )
+
+    def subset(self, splits: dict[str, Split]) -> Split:
+        """The part of the training split that the configuration names."""
+        select = self.config.select
+        assert select.subset is not None
+        evaluated = [split for name, split in splits.items() if name != "train"]
+        part, leaks = apply_subset(splits["train"], select.subset, evaluated, filter_leaks=select.filter_leaks)
+        for name, count in leaks.items():
+            self.say(f"{select.subset}: left out {count} questions of the split {name!r}, which judges the run")
+        return part
 
     def decode(self, split: Split, cache: ClipCache) -> dict[str, str]:
         """Every clip of ``split`` into the cache; returns the unreadable videos with the reason."""

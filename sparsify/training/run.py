@@ -62,6 +62,7 @@ class RunState:
     left_out: list[str] = field(default_factory=list)  # training videos that could not be read when the run began
     skipped: dict[str, str] = field(default_factory=dict)  # these and those that could not be read later, with reason
     fingerprints: dict[str, str] = field(default_factory=dict)  # of the splits
+    train_file: str = ""  # the annotation file of the training split
     metrics_bytes: int = 0
 
 

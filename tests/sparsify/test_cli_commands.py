@@ -200,7 +200,9 @@ def test_train_options_become_a_config(
     tmp_path: Path, trained_with: dict[str, object], capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = [part for name in ("train", "val", "test") for part in (f"--{name}", str(tmp_path / f"{name}.json"))]
-    shortcuts = ["--epochs", "3", "--seed", "7", "--workers", "2", "--skip", "0.25", "--deaf"]
+    shortcuts = ["--epochs", "3", "--seed", "7", "--workers", "2", "--skip", "0.25", "--deaf", "--filter-leaks"]
+    part = tmp_path / "part.json"
+    part.touch()
     weights = ["--vision-weights", "a/b", "--audio-weights", "c", "--text-weights", "d"]
     extra = [
         "--preset",
@@ -211,6 +213,8 @@ def test_train_options_become_a_config(
         "mask.epochs=[0,null]",
         "--cache",
         str(tmp_path),
+        "--subset",
+        str(part),
     ]
     assert main(["train", str(tmp_path), "--output", "here", *shortcuts, *weights, *files, *extra]) == 0
     changes = {
@@ -218,6 +222,8 @@ def test_train_options_become_a_config(
         "train.seed": 7,
         "train.workers": 2,
         "select.skip": 0.25,
+        "select.subset": str(part),
+        "select.filter_leaks": True,
         "train.inputs": "deaf",
         "train.lr": 3e-4,
         "mask.epochs": (0, None),
