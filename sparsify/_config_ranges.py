@@ -32,7 +32,18 @@ _AT_LEAST_ONE = {
 _NOT_NEGATIVE = {
     "merge": ("fence",),
     "fusion": ("mixer_layers",),
-    "train": ("lr", "encoder_lr", "weight_decay", "muon", "matching", "clip_norm", "seed", "workers"),
+    "train": (
+        "lr",
+        "encoder_lr",
+        "weight_decay",
+        "muon",
+        "matching",
+        "clip_norm",
+        "seed",
+        "workers",
+        "save_seconds",
+        "keep_last",
+    ),
 }
 _BELOW_ONE = {"text": ("dropout",), "fusion": ("dropout",), "select": ("skip",), "train": ("warmup", "label_smoothing")}
 

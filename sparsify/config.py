@@ -177,6 +177,8 @@ class TrainConfig:
     precision: str = "auto"  # auto, fp32 or bf16
     seed: int = 0
     workers: int = 0  # data loading processes
+    save_seconds: float = 900.0  # between two checkpoints within an epoch; there is one at its end in any case
+    keep_last: int = 0  # checkpoints of ends of epochs that are kept beside last/ and best/
     inputs: str = "both"  # both; blind (no frames), deaf (no audio), textonly (neither): the controls
 
 

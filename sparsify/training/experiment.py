@@ -25,10 +25,11 @@ from sparsify.errors import CheckpointError, DataError, UsageError
 from sparsify.model import SparsifyModel
 from sparsify.progress import Advance, format_seconds, progress_bar, say
 from sparsify.report.scores import floor_of
+from sparsify.training.checkpoints import check_seal, resumable, tidy, write_text
 from sparsify.training.evaluate import EvalResult, evaluate_dataset, masked_keep
 from sparsify.training.loading import share
 from sparsify.training.optim import Precision, choose_precision
-from sparsify.training.run import RunState, claim_run, lock_run, read_state, recover, write_text
+from sparsify.training.run import RunState, claim_run, lock_run, read_state
 from sparsify.training.stopping import InterruptedRun
 from sparsify.training.trainer import Trainer, TrainingData
 
@@ -101,7 +102,11 @@ class _Experiment:
     def run(self, resume: bool, init: Path | None, stop_after: int | None) -> dict[str, Any]:
         """The steps of a run, one after the other."""
         config, output, main = self.config, self.output, self.accelerator.is_main_process
-        if resume and recover(output / "last") and (output / "results.json").exists():
+        if main:
+            tidy(output)
+        self.accelerator.wait_for_everyone()
+        source = self.checkpoint() if resume else None
+        if source is not None and (output / "results.json").exists():
             self.say(f"{output}: this run is complete; {output / 'results.json'} holds its results")
             return json.loads((output / "results.json").read_text(encoding="utf-8"))
         precision = choose_precision(config.train.precision, self.accelerator.device)
@@ -113,16 +118,18 @@ class _Experiment:
         if config.select.subset is not None:
             splits["train"] = self.subset(splits)
         skipped = {name: self.decode(split, cache) for name, split in splits.items()}
-        resume = resume and (output / "last").exists()
         fresh = RunState(fingerprints={name: split.fingerprint for name, split in splits.items()})
-        state = self.load_state(splits) if resume else fresh
+        state = self.load_state(source, splits) if source else fresh
         state.seconds["prepare"] += time.monotonic() - started
         state.train_file = str(self.root.annotation_path("train").resolve())
         state.skipped |= skipped["train"]
-        state.left_out = state.left_out if resume else list(skipped["train"])
-        if main and not resume:
+        state.left_out = state.left_out if source else list(skipped["train"])
+        if main and source is None:
             write_text(output / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
-        model = self.load_model(init) if init and not resume else self.new_model(splits["train"], resume)
+        if source is not None:
+            model = SparsifyModel.from_pretrained(source)
+        else:
+            model = self.load_model(init) if init else self.new_model(splits["train"])
 
         def dataset(name: str) -> VideoDataset:
             return VideoDataset(
@@ -145,7 +152,7 @@ class _Experiment:
             self.accelerator,
             precision,
             state,
-            resume,
+            source,
             progress=self.progress,
             stop_after=stop_after,
         )
@@ -185,9 +192,16 @@ class _Experiment:
             self.say(f"  skipped {video}: {reason}")
         return dict(report.skipped)
 
-    def load_state(self, splits: dict[str, Split]) -> RunState:
-        """The state in ``last/``; ``UsageError`` when the data is no longer the run's."""
-        state = read_state(self.output / "last")
+    def checkpoint(self) -> Path | None:
+        """The newest checkpoint that is whole; the others are spoken of."""
+        source, wrong = resumable(self.output)
+        if wrong:
+            self.say(f"{wrong}; going on from {source}")
+        return source
+
+    def load_state(self, source: Path, splits: dict[str, Split]) -> RunState:
+        """The state in ``source``; ``UsageError`` when the data is no longer the run's."""
+        state = read_state(source)
         for name, split in splits.items():
             used = state.fingerprints.get(name)
             if used != split.fingerprint:
@@ -195,9 +209,7 @@ class _Experiment:
         self.say(f"resuming in epoch {state.epoch + 1} after {state.step} of its steps")
         return state
 
-    def new_model(self, split: Split, resume: bool) -> SparsifyModel:
-        if resume:
-            return SparsifyModel.from_pretrained(self.output / "last")
+    def new_model(self, split: Split) -> SparsifyModel:
         torch.manual_seed(self.config.train.seed)
         return SparsifyModel(self.config, Vocabulary.build(question.text for question in split.questions))
 
@@ -225,6 +237,7 @@ class _Experiment:
     ) -> dict[str, Any]:
         """Evaluate the best checkpoint on ``judged``, unmasked and masked, and gather what a run reports."""
         state, config = trainer.state, self.config
+        check_seal(self.output / "best")
         model = SparsifyModel.from_pretrained(self.output / "best").to(self.accelerator.device)
         found = {"unmasked": self.judge(model, splits[judged], dataset, trainer, 1.0)}
         if (keep := masked_keep(config)) < 1:

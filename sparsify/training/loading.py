@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader
 from sparsify.batch import Batch
 from sparsify.data.dataset import Item, VideoDataset, collate
 from sparsify.data.music_avqa import Question
+from sparsify.training.run import leave_locks
 
 __all__ = ["Loaded", "draw_seed", "epoch_order", "load_batches", "share", "step_seed", "to_device"]
 
@@ -72,6 +73,7 @@ def load_batches(
         batch_sampler=steps,  # type: ignore[arg-type]
         collate_fn=functools.partial(_collate, epoch=epoch, run_seed=run_seed, keep=keep, asked=asked),
         num_workers=workers,
+        worker_init_fn=leave_locks,
         pin_memory=pin,
     )
     return iter(loader)

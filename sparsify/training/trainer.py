@@ -26,11 +26,12 @@ from sparsify.data.music_avqa import Split
 from sparsify.errors import TrainingError
 from sparsify.progress import Advance, format_seconds, progress_bar, say
 from sparsify.report.scores import Floor
+from sparsify.training.checkpoints import keep_epoch, write_folder
 from sparsify.training.evaluate import EvalResult, evaluate_dataset, masked_keep
 from sparsify.training.loading import Loaded, epoch_order, load_batches, share, step_seed, to_device
 from sparsify.training.metrics import MetricsLog
 from sparsify.training.optim import Precision, build_optimizer, lr_factor, set_learning_rates
-from sparsify.training.run import RunState, restore_optimizer, write_folder, write_state
+from sparsify.training.run import RunState, restore_optimizer, write_state
 from sparsify.training.selection import Selection
 from sparsify.training.stopping import InterruptedRun, StopRequest
 
@@ -74,10 +75,9 @@ class Trainer:
     accelerator: Accelerator
     precision: Precision
     state: RunState = field(default_factory=RunState)
-    resume: bool = False
+    resume: Path | None = None  # a checkpoint to go on from
     progress: bool = True
     stop_after: int | None = None  # steps of this call
-    save_seconds: float = 900.0  # between two saves within an epoch
     log_every: int = 10  # steps
 
     def __post_init__(self) -> None:
@@ -87,9 +87,9 @@ class Trainer:
         self.model.to(self.device)
         optimizer = build_optimizer(self.model, train, self.device)
         self.selection = Selection(self.data.train_split, self.config, self.device)
-        if self.resume:
-            restore_optimizer(self.output / "last", self.model, optimizer)
-            self.selection.load(self.output / "last")
+        if self.resume is not None:
+            restore_optimizer(self.resume, self.model, optimizer)
+            self.selection.load(self.resume)
         self.net, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.inner = optimizer  # not wrapped by Accelerate
         videos = list(self.data.train_split.videos.items())
@@ -265,7 +265,7 @@ class Trainer:
         if self.world > 1 and self.state.steps % self.log_every:
             return
         stop = self.stop.requested or (self.stop_after is not None and self.taken >= self.stop_after)
-        save = time.monotonic() - self.saved > self.save_seconds
+        save = time.monotonic() - self.saved > self.config.train.save_seconds
         if self.world > 1:
             flags = torch.tensor([stop, save], dtype=torch.float32, device=self.device)
             stop, save = (flag > 0 for flag in self.accelerator.reduce(flags, "sum").tolist())
@@ -317,6 +317,8 @@ class Trainer:
         state.epoch, state.step = state.epoch + 1, 0
         state.loss_sum, state.weight_sum, state.questions, state.videos = 0.0, 0.0, 0, 0
         self.save_last()
+        if self.accelerator.is_main_process:
+            keep_epoch(self.output, state.epoch - 1, self.config.train.keep_last)
 
     def validate(self) -> EvalResult:
         """The validation split, unmasked unless ``mask.eval`` says otherwise."""

@@ -216,21 +216,15 @@ def test_a_signal_during_the_evaluation_saves_too(run: Run, tmp_path: Path, monk
 
 
 def test_a_save_within_the_epoch_is_a_checkpoint_to_resume(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved = []
     save_last = Trainer.save_last
-    monkeypatch.setattr(Trainer, "save_seconds", 0.0)
     monkeypatch.setattr(Trainer, "save_last", lambda self: (saved.append(self.state.step), save_last(self)))
-    monkeypatch.setattr(Trainer, "__init__", always_save(Trainer.__init__))
-    run()
+    run(config=tiny_config.replace(**{"train.save_seconds": 0.0}))
     assert saved == [1, 2, 3, 0] * 3
     steps = read_metrics(tmp_path / "run", "step")
     assert [line["step"] for line in steps] == list(range(1, 10))
-
-
-def always_save(init: Callable[..., None]) -> Callable[..., None]:
-    return lambda self, *args, **options: init(self, *args, **options | {"save_seconds": 0.0})
 
 
 def test_the_best_checkpoint_is_the_earliest_of_the_best_on_validation(
