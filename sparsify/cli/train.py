@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,8 @@ def run(args: argparse.Namespace) -> int:
     from sparsify.training import train
 
     results = train(config, root, output, resume=args.resume, cache_folder=args.cache)
-    print(_summary(results, output))
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first speaks
+        print(_summary(results, output))
     return 0
 
 

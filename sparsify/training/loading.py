@@ -16,7 +16,7 @@ from sparsify.data.dataset import Item, VideoDataset, collate
 from sparsify.data.music_avqa import Question
 from sparsify.training.run import leave_locks
 
-__all__ = ["Loaded", "draw_seed", "epoch_order", "load_batches", "share", "step_seed", "to_device"]
+__all__ = ["Loaded", "draw_seed", "epoch_order", "gather_skipped", "load_batches", "share", "step_seed", "to_device"]
 
 
 class Loaded(NamedTuple):
@@ -51,6 +51,15 @@ def _hash(*parts: object) -> int:
 def share(step: Sequence[int], rank: int, world: int) -> list[int]:
     """The part of a step's videos that process ``rank`` of ``world`` computes: sizes differ by at most one."""
     return list(step[rank::world])
+
+
+def gather_skipped(skipped: dict[str, str], world: int) -> dict[str, str]:
+    """The unreadable videos, with reasons, of all ``world`` processes, in one order for all."""
+    if world == 1:
+        return skipped
+    from accelerate.utils import gather_object
+
+    return {video: reason for part in gather_object([skipped]) for video, reason in part.items()}
 
 
 def load_batches(

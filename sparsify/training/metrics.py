@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from sparsify.errors import TrainingError
+
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
@@ -48,8 +50,13 @@ class MetricsLog:
         """One line ``{"kind": kind, "step": step, ...}``; a number is also the TensorBoard scalar ``kind/name``."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"kind": kind, "step": step} | values, allow_nan=False) + "\n")
-        self._file.flush()
+        try:
+            self._file.write(json.dumps({"kind": kind, "step": step} | values, allow_nan=False) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise TrainingError(
+                f"{self._file.name}: cannot be written: {error.strerror or error}; --resume goes on from last/"
+            ) from error
         if self._board is not None:
             for name, value in values.items():
                 if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):

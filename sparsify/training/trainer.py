@@ -28,7 +28,7 @@ from sparsify.progress import Advance, format_seconds, progress_bar, say
 from sparsify.report.scores import Floor
 from sparsify.training.checkpoints import keep_epoch, write_folder
 from sparsify.training.evaluate import EvalResult, evaluate_dataset, masked_keep
-from sparsify.training.loading import Loaded, epoch_order, load_batches, share, step_seed, to_device
+from sparsify.training.loading import Loaded, epoch_order, gather_skipped, load_batches, share, step_seed, to_device
 from sparsify.training.metrics import MetricsLog
 from sparsify.training.optim import Precision, build_optimizer, lr_factor, set_learning_rates
 from sparsify.training.run import RunState, restore_optimizer, write_state
@@ -100,6 +100,7 @@ class Trainer:
         self.window: Counter[str] = Counter()  # sums since the last line of metrics
         self.taken = 0  # steps of this call
         self.saved = self.timed = time.monotonic()
+        self.spare: Loaded | None = None  # the last batch that this process could read
         self.stop = StopRequest()
         self.metrics = MetricsLog(
             self.output,
@@ -118,6 +119,10 @@ class Trainer:
         except InterruptedRun:
             self.save_last()
             raise
+        except RuntimeError as error:  # torch raises it when it hears of the death, wherever this process is
+            if "DataLoader worker" not in str(error):
+                raise
+            raise TrainingError(f"a data loading process died (out of memory?): {error}; {self.kept()}") from error
         finally:
             self.metrics.close()
 
@@ -161,11 +166,14 @@ class Trainer:
         average when none is skipped. ``counts=False``: this process only keeps the others company.
         """
         state, train = self.state, self.config.train
-        state.skipped |= loaded.skipped
-        if loaded.batch is None and self.world > 1:
-            raise TrainingError(
-                f"process {self.rank}: none of a step's videos can be read: {', '.join(loaded.skipped)}"
-            )
+        self.note_skipped(loaded.skipped)
+        if self.world > 1:  # all processes take part in every step, with an earlier batch if need be
+            if loaded.batch is None and self.spare is None:
+                raise TrainingError(
+                    f"process {self.rank}: none of its first step's videos can be read: {', '.join(loaded.skipped)}"
+                )
+            counts = counts and loaded.batch is not None
+            loaded = self.spare = loaded if loaded.batch is not None else self.spare or loaded
         if loaded.batch is not None:
             factor = lr_factor((state.epoch + (state.step + 0.5) / steps) / train.epochs, train.warmup)
             set_learning_rates(self.inner, factor)
@@ -247,12 +255,19 @@ class Trainer:
         self.pending.clear()
 
     def diverged(self, step: int, video_id: tuple[str, ...], what: str) -> TrainingError:
+        where = f"epoch {self.state.epoch + 1}, step {step + 1}"
+        return TrainingError(f"training diverged in {where}: {what}; videos {', '.join(video_id)}; {self.kept()}")
+
+    def kept(self) -> str:
+        """What is left of a run that has to end."""
         kept = [str(self.output / name) for name in ("last", "best") if (self.output / name).exists()]
-        before = f"earlier checkpoints: {', '.join(kept)}" if kept else "no checkpoint was written before it"
-        videos = ", ".join(video_id)
-        return TrainingError(
-            f"training diverged in epoch {self.state.epoch + 1}, step {step + 1}: {what}; videos {videos}; {before}"
-        )
+        return f"earlier checkpoints: {', '.join(kept)}" if kept else "no checkpoint was written before it"
+
+    def note_skipped(self, skipped: dict[str, str]) -> None:
+        """Videos that could not be read: said once, and left out of what is counted as trained on."""
+        for video in skipped.keys() - self.state.skipped.keys():
+            self.say(f"skipped {video}: {skipped[video]}")
+        self.state.skipped |= skipped
 
     def units(self, keep: float) -> int:
         """Mask units of one video that are encoded at ``keep``, both modalities together."""
@@ -283,6 +298,7 @@ class Trainer:
         """Evaluate, keep the model if it is the best so far, write the epoch's line, save."""
         state = self.state
         self.selection.synchronise(self.accelerator)
+        state.skipped = gather_skipped(state.skipped, self.world)
         skipped = self.selection.skipped()
         result = self.validate()
         state.seconds["evaluate"] += result.seconds
@@ -298,6 +314,7 @@ class Trainer:
             "questions_skipped": skipped.questions,
             "videos": state.videos,
             "videos_skipped": skipped.videos,
+            "videos_unreadable": len(state.skipped),
             "train_seconds": state.seconds["train"],
             "evaluate_seconds": state.seconds["evaluate"],
         }

@@ -238,6 +238,15 @@ def test_train_options_become_a_config(
     assert capsys.readouterr().out == "test accuracy 75.00%, floor 50.00%; the model is in here/best\n"
 
 
+def test_of_several_processes_the_first_prints(
+    tmp_path: Path, trained_with: dict[str, object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["train", str(tmp_path), "--output", "here"]) == 0
+        assert capsys.readouterr().out.count("\n") == lines
+
+
 def test_train_defaults(tmp_path: Path, trained_with: dict[str, object]) -> None:
     assert main(["train", str(tmp_path), "--dense"]) == 0
     assert trained_with["config"] == Config.preset("demo").replace(dense=True)
