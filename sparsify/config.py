@@ -216,6 +216,11 @@ class Config:
         masked = range(self.train.epochs)[slice(*self.mask.epochs)]
         return self.mask.keep if epoch in masked else 1.0
 
+    def units(self, keep: float) -> int:
+        """Mask units of one video that are encoded at ``keep``, both modalities together."""
+        images = ((self.clip.frames, self.vision.units**2), (self.clip.segments, self.audio.units**2))
+        return sum(count * max(1, math.floor(keep * units + 0.5)) for count, units in images)
+
     def skip_at(self, epoch: int) -> float:
         """Share of the easy samples that epoch ``epoch`` (0-based) skips; 0.0: it is whole."""
         # The share as the decimal number it is written as: 0.29 of 100 epochs are 29, which binary floats make 28.

@@ -60,6 +60,7 @@ class RunState:
     seconds: dict[str, float] = field(default_factory=lambda: {"prepare": 0.0, "train": 0.0, "evaluate": 0.0})
     left_out: list[str] = field(default_factory=list)  # training videos that could not be read when the run began
     skipped: dict[str, str] = field(default_factory=dict)  # these and those that could not be read later, with reason
+    saves_failed: int = 0  # within epochs
     fingerprints: dict[str, str] = field(default_factory=dict)  # of the splits
     train_file: str = ""  # the annotation file of the training split
     metrics_bytes: int = 0

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from sparsify.config import Config
 from sparsify.data.dataset import VideoDataset
 from sparsify.data.music_avqa import Split
-from sparsify.errors import TrainingError
+from sparsify.errors import CheckpointError, TrainingError
 from sparsify.progress import Advance, format_seconds, progress_bar, say
 from sparsify.report.scores import Floor
 from sparsify.training.checkpoints import keep_epoch, write_folder
@@ -228,7 +228,7 @@ class Trainer:
             "encoder_lr": rates.get(True, 0.0),
             "grad_norm": seen["norm"] / seen["steps"],
             "keep": keep,
-            "units": self.units(keep),
+            "units": self.config.units(keep),
             "questions_per_s": seen["questions"] / seconds,
             "videos_per_s": seen["videos"] / seconds,
             "seconds": self.state.seconds["train"],
@@ -269,12 +269,6 @@ class Trainer:
             self.say(f"skipped {video}: {skipped[video]}")
         self.state.skipped |= skipped
 
-    def units(self, keep: float) -> int:
-        """Mask units of one video that are encoded at ``keep``, both modalities together."""
-        clip, vision, audio = self.config.clip, self.config.vision, self.config.audio
-        images = ((clip.frames, vision.units**2), (clip.segments, audio.units**2))
-        return sum(count * max(1, math.floor(keep * units + 0.5)) for count, units in images)
-
     def between_steps(self) -> None:
         """Stop or save, where asked to. Several processes agree on it, at the steps that are logged."""
         if self.world > 1 and self.state.steps % self.log_every:
@@ -289,7 +283,12 @@ class Trainer:
                 f"stopped in epoch {self.state.epoch + 1} after {self.state.step} steps; {self.how_to_resume()}"
             )
         if save:
-            self.save_last()
+            try:
+                self.save_last()
+            except CheckpointError as error:  # a full disk may have room again at the next one
+                self.state.saves_failed += 1
+                self.saved = time.monotonic()
+                self.say(f"{error}; training goes on")
 
     def how_to_resume(self) -> str:
         return f"saved in {self.output / 'last'}; the same command with --resume goes on from there"
@@ -315,6 +314,7 @@ class Trainer:
             "videos": state.videos,
             "videos_skipped": skipped.videos,
             "videos_unreadable": len(state.skipped),
+            "saves_failed": state.saves_failed,
             "train_seconds": state.seconds["train"],
             "evaluate_seconds": state.seconds["evaluate"],
         }
@@ -380,9 +380,11 @@ class Trainer:
         self.saved = time.monotonic()
 
     def write(self, name: str, fill: Callable[[Path], None]) -> None:
-        if self.accelerator.is_main_process:
-            write_folder(self.output / name, fill)
-        self.accelerator.wait_for_everyone()
+        try:
+            if self.accelerator.is_main_process:
+                write_folder(self.output / name, fill)
+        finally:
+            self.accelerator.wait_for_everyone()
 
     @contextlib.contextmanager
     def bar(self, description: str, total: int) -> Iterator[Advance]:

@@ -231,6 +231,12 @@ class TestKeepAt:
         assert self.keeps(DEMO) == [0.5] * 6 + [1.0]
 
 
+def test_units_are_counted_over_frames_and_segments():
+    """10 frames and 6 segments of 8 x 8 units; a unit at least is kept of each."""
+    assert [PAPER.units(keep) for keep in (1.0, 0.5, 0.001)] == [16 * 64, 16 * 32, 16]
+    assert DEMO.units(0.25) == 5 * 4
+
+
 class TestSkipAt:
     """What share of the easy samples an epoch skips."""
 

@@ -175,6 +175,53 @@ def test_a_video_that_breaks_after_the_start_leaves_the_order_of_a_resumed_run_a
     assert [line["questions"] for line in results["history"]] == [24, 21, 21]
 
 
+LIMITED = """
+import json, resource, sys
+from pathlib import Path
+from sparsify.config import Config
+from sparsify.data.music_avqa import DataRoot
+from sparsify.training import train
+from sparsify.training.trainer import Trainer
+
+config, root, output, cache, until = sys.argv[1:]
+take_step = Trainer.take_step
+
+def limited(self, *args, **options):
+    take_step(self, *args, **options)
+    full = 2 <= self.state.steps < int(until)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if full else resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+Trainer.take_step = limited
+train(Config.from_dict(json.loads(config)), DataRoot(root), output, cache_folder=cache)
+"""
+
+
+@pytest.mark.parametrize(("until", "code"), [("3", 0), ("99", 1)])
+def test_a_disk_that_is_full_for_a_while_costs_a_save_and_at_the_end_of_an_epoch_the_run(
+    run: Run, tiny_config: Config, tiny_root: DataRoot, cache_folder: Path, tmp_path: Path, until: str, code: int
+) -> None:
+    """A limit on the size of files stands in for the disk: writing fails inside safetensors as it would there."""
+    config = tiny_config.replace(**{"train.save_seconds": 0.0, "train.epochs": 2})
+    run("whole", config=config)
+    arguments = [json.dumps(config.to_dict()), str(tiny_root.root), str(tmp_path / "run"), str(cache_folder), until]
+    done = subprocess.run(
+        [sys.executable, "-c", LIMITED, *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == code, done.stderr
+    assert "run/last: cannot be written: " in done.stderr
+    assert "what was there is untouched; training goes on" in done.stderr
+    check_seal(tmp_path / "run" / "last")
+    if code:
+        assert "CheckpointError" in done.stderr
+        assert json.loads((tmp_path / "run" / "last" / "training.json").read_text())["steps"] == 1
+    else:
+        results = json.loads((tmp_path / "run" / "results.json").read_text())
+        assert [line["saves_failed"] for line in results["history"]] == [1, 1]
+    run("run", config=config, resume=True)
+    ours, theirs = (tmp_path / name / "last" / "model.safetensors" for name in ("whole", "run"))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
 FORKS = """
 import os, sys, time
 from pathlib import Path
