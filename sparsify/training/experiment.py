@@ -25,7 +25,7 @@ from sparsify.errors import CheckpointError, DataError, UsageError
 from sparsify.model import SparsifyModel
 from sparsify.progress import Advance, format_seconds, progress_bar, say
 from sparsify.report.scores import floor_of
-from sparsify.training.checkpoints import check_seal, resumable, tidy, write_text
+from sparsify.training.checkpoints import check_seal, keep_epoch, resumable, tidy, write_text
 from sparsify.training.evaluate import EvalResult, evaluate_dataset, masked_keep
 from sparsify.training.loading import share
 from sparsify.training.optim import Precision, choose_precision
@@ -206,6 +206,9 @@ class _Experiment:
             used = state.fingerprints.get(name)
             if used != split.fingerprint:
                 raise UsageError(f"{split.path}: fingerprint {split.fingerprint}, but the run to resume used {used}")
+        ended = source == self.output / "last" and state.step == 0 and state.epoch > 0
+        if ended and self.accelerator.is_main_process:  # a kill may have come after the save and before this
+            keep_epoch(self.output, state.epoch - 1, self.config.train.keep_last)
         self.say(f"resuming in epoch {state.epoch + 1} after {state.step} of its steps")
         return state
 

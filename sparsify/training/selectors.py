@@ -15,12 +15,12 @@ from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
 from sparsify.data.music_avqa import Question, Split, fingerprint, read_split
-from sparsify.errors import CheckpointError, UsageError
+from sparsify.errors import UsageError
+from sparsify.training.checkpoints import check_seal
 from sparsify.training.key_subset import key_scores
 from sparsify.training.run import read_state
 from sparsify.training.selection import SELECTION
@@ -58,18 +58,15 @@ def read_records(run: Path, unit: str, train: Path | None = None) -> Records:
     are left out.
 
     Raises:
-        CheckpointError: the folder holds no records.
+        CheckpointError: the folder holds no checkpoint, or one that is not as it was written.
         DataError: the annotation file cannot be read.
         UsageError: it is not the one that the run used, or no epoch is finished.
     """
+    check_seal(run / "last")
     state = read_state(run / "last")
     if state.epoch == 0:
         raise UsageError(f"{run}: no epoch is finished yet; expected records of at least one")
-    path = run / "last" / SELECTION
-    try:
-        saved = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path}: cannot be read: {error}") from None
+    saved = load_file(run / "last" / SELECTION)
     file = train or Path(state.train_file)
     split = read_split(file, "train")
     questions = _questions(split, saved["question_id"].tolist(), state.fingerprints["train"])

@@ -128,7 +128,7 @@ def test_records_that_are_missing_or_of_other_data_are_refused(
     ):
         read_records(tmp_path / "run", "video", tiny_root.annotation_path("val"))
     (tmp_path / "run" / "last" / "selection.safetensors").unlink()
-    with pytest.raises(CheckpointError, match=r"selection\.safetensors: cannot be read"):
+    with pytest.raises(CheckpointError, match=r"selection\.safetensors: missing; this checkpoint is not whole"):
         read_records(tmp_path / "run", "video")
 
 

@@ -19,6 +19,7 @@ from sparsify.config import Config
 from sparsify.data.music_avqa import DataRoot
 from sparsify.errors import CheckpointError
 from sparsify.training import InterruptedRun
+from sparsify.training import trainer as trainer_module
 from sparsify.training.checkpoints import check_seal, keep_epoch, resumable, tidy, write_folder
 from sparsify.training.trainer import Trainer
 
@@ -138,6 +139,26 @@ def test_a_damaged_checkpoint_is_said_and_the_run_goes_on_from_the_epoch_before(
     assert f"going on from {tmp_path / 'cut' / 'epoch-002'}" in said
     for name in ("last/model.safetensors", "last/selection.safetensors", "best/model.safetensors"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "cut" / name).read_bytes()
+
+
+def test_a_kill_between_the_save_and_the_keeping_of_an_epoch_costs_nothing(
+    run: Run, tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config.replace(**{"train.keep_last": 1})
+
+    def killed(folder: Path, epoch: int, count: int) -> None:
+        if epoch == 2:
+            raise SystemExit
+        keep_epoch(folder, epoch, count)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer_module, "keep_epoch", killed)
+        with pytest.raises(SystemExit):
+            run(config=config)
+    assert (tmp_path / "run" / "epoch-002").exists()
+    run(config=config, resume=True)
+    assert [path.name for path in (tmp_path / "run").glob("epoch-*")] == ["epoch-003"]
+    check_seal(tmp_path / "run" / "epoch-003")
 
 
 def test_a_damaged_only_checkpoint_ends_the_resumed_run(run: Run, tmp_path: Path) -> None:
