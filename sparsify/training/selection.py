@@ -39,7 +39,7 @@ def epoch_weights(loss: Tensor, skip: float, seed: int) -> Tensor:
     """Draw an epoch: the weight of every sample, 0 for those that it skips.
 
     Of n easy samples ``floor(skip * n + u)`` are skipped, u uniform in [0, 1): each of them with probability ``skip``
-    exactly, in any number.
+    exactly, in any number. Where that could leave no sample with a loss, ``skip`` is less: one is left, and weighs n.
 
     Args:
         loss: fp32 [U], each sample's last loss; NaN where there is none yet (such a sample is kept, with weight 1).
@@ -47,17 +47,18 @@ def epoch_weights(loss: Tensor, skip: float, seed: int) -> Tensor:
         seed: decides the draw; drawn on the CPU, so the same for losses on any device.
 
     Returns:
-        fp32 [U]: 1 for hard samples, 0 or ``1 / (1 - skip)`` for easy ones. At least one sample is kept.
+        fp32 [U]: 1 for hard samples, 0 or ``1 / (1 - skip)`` for easy ones. Of those with a loss one at least is kept.
     """
     weight = torch.ones_like(loss)
     known = loss[~loss.isnan()].double()
     if skip == 0 or not len(known):
         return weight
     easy = (loss.double() <= known.mean()).nonzero().flatten()  # NaN is neither above nor below
+    skip = min(skip, (len(known) - 1) / len(easy))
     generator = torch.Generator().manual_seed(seed)
     rounding = torch.rand((), dtype=torch.float64, generator=generator).item()
     order = torch.randperm(len(easy), generator=generator).to(easy.device)
-    count = min(math.floor(skip * len(easy) + rounding), len(loss) - 1)
+    count = min(math.floor(skip * len(easy) + rounding), len(known) - 1)
     weight[easy] = 1.0 / (1.0 - skip)
     weight[easy[order[:count]]] = 0.0
     return weight

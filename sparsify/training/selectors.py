@@ -72,7 +72,7 @@ def read_records(run: Path, unit: str, train: Path | None = None) -> Records:
     questions = _questions(split, saved["question_id"].tolist(), state.fingerprints["train"])
     place = saved["sample"]  # int64 [questions]: of each question in the rows of ``kept`` and ``losses``
     kept = saved["kept"][: state.epoch][:, place]  # bool [epochs, questions]
-    scores = key_scores([saved["question_id"][row] for row in kept])
+    scores = key_scores(saved["question_id"][row].tolist() for row in kept)
     losses = _late(saved["losses"][: state.epoch])[place].tolist()
     loss = {question.id: value for question, value in zip(questions, losses, strict=True)}
     groups: dict[int, list[Question]] = {}
