@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from sparsify.errors import CheckpointError
 
-__all__ = ["check_seal", "keep_epoch", "recover", "resumable", "tidy", "write_folder", "write_text"]
+__all__ = ["check_seal", "keep_epoch", "kept", "recover", "resumable", "tidy", "write_folder", "write_text"]
 
 MANIFEST = "manifest.json"
 
@@ -45,11 +45,12 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
             os.rename(target, old)
         os.rename(partial, target)
         _flush(target.parent)
-    except (OSError, SafetensorError) as error:  # a full disk is either
+    except (OSError, SafetensorError, CheckpointError) as error:  # a full disk is any of these
         shutil.rmtree(partial, ignore_errors=True)
         recover(target)
+        cause = error.__cause__ if isinstance(error, CheckpointError) else error
         raise CheckpointError(
-            f"{target}: cannot be written: {getattr(error, 'strerror', None) or error}; what was there is untouched"
+            f"{target}: cannot be written: {getattr(cause, 'strerror', None) or cause}; what was there is untouched"
         ) from error
     shutil.rmtree(old, ignore_errors=True)
 
@@ -153,6 +154,12 @@ def keep_epoch(run: Path, epoch: int, count: int) -> None:
 def _epochs(run: Path) -> list[Path]:
     """The kept checkpoints of ends of epochs, the newest first."""
     return sorted(run.glob("epoch-[0-9]*"), key=lambda path: path.name, reverse=True)
+
+
+def kept(run: Path) -> str:
+    """What is left of a run that has to end, in words."""
+    found = [str(run / name) for name in ("last", "best") if (run / name).exists()]
+    return f"earlier checkpoints: {', '.join(found)}" if found else "no checkpoint was written before it"
 
 
 def resumable(run: Path) -> tuple[Path | None, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -53,20 +54,20 @@ class MetricsLog:
         try:
             self._file.write(json.dumps({"kind": kind, "step": step} | values, allow_nan=False) + "\n")
             self._file.flush()
+            if self._board is not None:
+                for name, value in values.items():
+                    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+                        self._board.add_scalar(f"{kind}/{name}", value, step)
         except OSError as error:
             raise TrainingError(
                 f"{self._file.name}: cannot be written: {error.strerror or error}; --resume goes on from last/"
             ) from error
-        if self._board is not None:
-            for name, value in values.items():
-                if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-                    self._board.add_scalar(f"{kind}/{name}", value, step)
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for part in (self._file, self._board):
+            if part is not None:
+                with contextlib.suppress(OSError):  # a full disk, which the line that did not fit has spoken of
+                    part.close()
 
 
 def read_metrics(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:

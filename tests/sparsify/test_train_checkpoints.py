@@ -69,13 +69,16 @@ def test_what_is_not_as_it_was_written_is_named(tmp_path: Path, damage: Callable
         check_seal(folder)
 
 
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), SafetensorError("No space left on device")])
+FULL = OSError(28, "No space left on device")
+
+
+@pytest.mark.parametrize("error", [FULL, SafetensorError(FULL.strerror), CheckpointError("model: full")])
 def test_a_full_disk_leaves_the_old_checkpoint_whole(tmp_path: Path, error: Exception) -> None:
     folder = filled(tmp_path / "last")
 
     def fail(partial: Path) -> None:
         (partial / "model").write_text("x")
-        raise error
+        raise error from FULL
 
     with pytest.raises(
         CheckpointError, match="last: cannot be written: No space left on device; what was there is untou"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+import resource
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -17,7 +18,7 @@ from sparsify.data.dataset import VideoDataset
 from sparsify.data.music_avqa import DataRoot
 from sparsify.errors import DataError, MediaError, TrainingError, UsageError
 from sparsify.training import InterruptedRun, train
-from sparsify.training.metrics import MetricsLog
+from sparsify.training.metrics import MetricsLog, read_metrics
 from sparsify.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("_silent_model")
@@ -120,20 +121,27 @@ def test_a_video_that_breaks_while_the_run_goes_is_said_once_and_counted(
 
 
 def test_metrics_that_cannot_be_written_are_said(tmp_path: Path) -> None:
-    class Full:
-        name = "run/metrics.jsonl"
-
-        def write(self, text: str) -> None:
-            raise OSError(28, "No space left on device")
-
-        def close(self) -> None: ...
-
+    """A limit on the size of files stands in for the disk. What did not fit is in the file's buffer still."""
     log = MetricsLog(tmp_path)
-    assert log._file is not None
-    log._file.close()
-    log._file = Full()  # type: ignore[assignment]
-    with pytest.raises(
-        TrainingError, match=r"metrics\.jsonl: cannot be written: No space left on device; --resume goes"
-    ):
-        log.write("step", 1, {})
+    log.write("step", 1, {})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30, before[1]))
+    try:
+        with pytest.raises(TrainingError, match=r"metrics\.jsonl: cannot be written: File too large; --resume goes on"):
+            log.write("step", 2, {})
+        log.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_metrics_that_a_full_disk_cut_are_whole_again_in_a_resumed_run(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path)
+    log.write("step", 1, {})
+    kept = log.length
     log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "st')
+    again = MetricsLog(tmp_path, keep=kept, first_step=1)
+    again.write("step", 2, {})
+    again.close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]
