@@ -8,7 +8,8 @@ import json
 import os
 import platform
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +18,17 @@ import torch
 import sparsify
 from sparsify.config import Config
 from sparsify.data.cache import ClipCache
-from sparsify.data.dataset import VideoDataset, prepare
+from sparsify.data.dataset import VideoDataset, cores, prepare
 from sparsify.data.music_avqa import DataRoot, Split
 from sparsify.data.subset import apply_subset
 from sparsify.data.vocabulary import Vocabulary
-from sparsify.errors import CheckpointError, DataError, UsageError
+from sparsify.errors import CheckpointError, DataError, TrainingError, UsageError
 from sparsify.model import SparsifyModel
 from sparsify.progress import Advance, format_seconds, progress_bar, say
 from sparsify.report.scores import floor_of
-from sparsify.training.checkpoints import check_seal, keep_epoch, resumable, tidy, write_text
+from sparsify.training.checkpoints import check_seal, keep_epoch, kept, resumable, tidy, write_text
 from sparsify.training.evaluate import EvalResult, evaluate_dataset, masked_keep
-from sparsify.training.loading import share
+from sparsify.training.loading import gather_skipped, share
 from sparsify.training.optim import Precision, choose_precision
 from sparsify.training.run import RunState, claim_run, lock_run, read_state
 from sparsify.training.stopping import InterruptedRun
@@ -68,14 +69,19 @@ def train(
     Raises:
         UsageError: the folder is in use or holds another run.
         DataError, CheckpointError: the data, or the checkpoint to start from, is not as it should be.
-        TrainingError: the loss is not finite.
+        TrainingError: the loss is not finite, or a data loading process died.
         InterruptedRun: (a ``KeyboardInterrupt``) SIGINT or SIGTERM; ``output/last`` is saved.
     """
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
     output = Path(output)
     # Autocast is ours: evaluation and training share it. Accelerate joins torchrun's processes on a CPU only if told.
-    accelerator = Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available())
+    # Decoding a data set takes hours, and one process may be done long before another.
+    accelerator = Accelerator(
+        mixed_precision="no",
+        cpu=not torch.accelerator.is_available(),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
+    )
     with contextlib.ExitStack() as stack:
         if accelerator.is_main_process:
             stack.enter_context(lock_run(output))
@@ -88,6 +94,10 @@ def train(
         except InterruptedRun as stopped:
             experiment.say(str(stopped))
             raise
+        except RuntimeError as error:  # torch raises it when it hears of the death, wherever this process is
+            if "DataLoader worker" not in str(error):
+                raise
+            raise TrainingError(f"a data loading process died (out of memory?): {error}; {kept(output)}") from error
 
 
 @dataclass
@@ -113,17 +123,10 @@ class _Experiment:
         self.say(self.introduction(precision))
         started = time.monotonic()
         cache = ClipCache(self.cache_folder, config)
-        names = ("train", "val", "test") if self.root.has("test") else ("train", "val")
-        splits = {name: self.root.split(name) for name in names}
-        if config.select.subset is not None:
-            splits["train"] = self.subset(splits)
+        splits = self.splits()
         skipped = {name: self.decode(split, cache) for name, split in splits.items()}
-        fresh = RunState(fingerprints={name: split.fingerprint for name, split in splits.items()})
-        state = self.load_state(source, splits) if source else fresh
+        state = self.state(source, splits, skipped["train"])
         state.seconds["prepare"] += time.monotonic() - started
-        state.train_file = str(self.root.annotation_path("train").resolve())
-        state.skipped |= skipped["train"]
-        state.left_out = state.left_out if source else list(skipped["train"])
         if main and source is None:
             write_text(output / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
         if source is not None:
@@ -136,11 +139,7 @@ class _Experiment:
                 self.root, splits[name], config, model.vocabulary, cache, config.train.inputs, skipped[name]
             )
 
-        left_out = set(state.left_out)
-        usable = [i for i, video in enumerate(splits["train"].videos) if video not in left_out]
-        if not usable:
-            reason = next(iter(state.skipped.values()))
-            raise DataError(f"{splits['train'].path}: none of the {len(state.skipped)} videos can be read ({reason})")
+        usable = _usable(splits["train"], state)
         data = TrainingData(
             dataset("train"), splits["train"], usable, dataset("val"), splits["val"], floor_of(self.root)
         )
@@ -173,24 +172,35 @@ class _Experiment:
             f"{precision.name}: {precision.reason}"
         )
 
-    def subset(self, splits: dict[str, Split]) -> Split:
-        """The part of the training split that the configuration names."""
+    def splits(self) -> dict[str, Split]:
+        """The splits by name; of the training split the part that the configuration names."""
+        names = ("train", "val", "test") if self.root.has("test") else ("train", "val")
+        splits = {name: self.root.split(name) for name in names}
         select = self.config.select
-        assert select.subset is not None
-        evaluated = [split for name, split in splits.items() if name != "train"]
-        part, leaks = apply_subset(splits["train"], select.subset, evaluated, filter_leaks=select.filter_leaks)
-        for name, count in leaks.items():
-            self.say(f"{select.subset}: left out {count} questions of the split {name!r}, which judges the run")
-        return part
+        if select.subset is not None:
+            evaluated = [split for name, split in splits.items() if name != "train"]
+            splits["train"], leaks = apply_subset(
+                splits["train"], select.subset, evaluated, filter_leaks=select.filter_leaks
+            )
+            for name, count in leaks.items():
+                self.say(f"{select.subset}: left out {count} questions of the split {name!r}, which judges the run")
+        return splits
 
     def decode(self, split: Split, cache: ClipCache) -> dict[str, str]:
-        """Every clip of ``split`` into the cache; returns the unreadable videos with the reason."""
+        """Every clip of ``split`` into the cache, a share by each process; the unreadable videos with the reason."""
         self.say(split.describe())
-        with self.bar(f"decode {split.name}", len(split.videos)) as advance:
-            report = prepare(self.root, split, self.config, cache, progress=advance)
-        for video, reason in report.skipped.items():
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        mine = set(share(list(split.videos), rank, world))
+        part = replace(split, questions=tuple(q for q in split.questions if q.video_id in mine))
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # processes on this machine
+        workers = None if world == 1 else max(1, cores() // beside)
+        with self.bar(f"decode {split.name}", len(mine)) as advance:
+            report = prepare(self.root, part, self.config, cache, progress=advance, workers=workers)
+        unreadable = gather_skipped(report.skipped, world)
+        skipped = {video: unreadable[video] for video in split.videos if video in unreadable}
+        for video, reason in skipped.items():
             self.say(f"  skipped {video}: {reason}")
-        return dict(report.skipped)
+        return skipped
 
     def checkpoint(self) -> Path | None:
         """The newest checkpoint that is whole; the others are spoken of."""
@@ -198,6 +208,17 @@ class _Experiment:
         if wrong:
             self.say(f"{wrong}; going on from {source}")
         return source
+
+    def state(self, source: Path | None, splits: dict[str, Split], unreadable: dict[str, str]) -> RunState:
+        """Where the run is: at its beginning, or where ``source`` says."""
+        if source is None:
+            fingerprints = {name: split.fingerprint for name, split in splits.items()}
+            state = RunState(fingerprints=fingerprints, left_out=list(unreadable))
+        else:
+            state = self.load_state(source, splits)
+        state.train_file = str(self.root.annotation_path("train").resolve())
+        state.skipped |= unreadable
+        return state
 
     def load_state(self, source: Path, splits: dict[str, Split]) -> RunState:
         """The state in ``source``; ``UsageError`` when the data is no longer the run's."""
@@ -308,6 +329,16 @@ class _Experiment:
     def say(self, text: str) -> None:
         if self.progress and self.accelerator.is_main_process:
             say(text)
+
+
+def _usable(split: Split, state: RunState) -> list[int]:
+    """The indices of the videos of ``split`` that could be read when the run began."""
+    left_out = set(state.left_out)
+    usable = [i for i, video in enumerate(split.videos) if video not in left_out]
+    if not usable:
+        reason = next(iter(state.skipped.values()))
+        raise DataError(f"{split.path}: none of the {len(state.skipped)} videos can be read ({reason})")
+    return usable
 
 
 def _selection(config: Config, state: RunState) -> dict[str, Any]:

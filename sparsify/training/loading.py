@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,6 +17,8 @@ from sparsify.data.music_avqa import Question
 from sparsify.training.run import leave_locks
 
 __all__ = ["Loaded", "draw_seed", "epoch_order", "gather_skipped", "load_batches", "share", "step_seed", "to_device"]
+
+T = TypeVar("T")
 
 
 class Loaded(NamedTuple):
@@ -48,9 +50,10 @@ def _hash(*parts: object) -> int:
     return int.from_bytes(digest, "little") & (2**63 - 1)
 
 
-def share(step: Sequence[int], rank: int, world: int) -> list[int]:
-    """The part of a step's videos that process ``rank`` of ``world`` computes: sizes differ by at most one."""
-    return list(step[rank::world])
+def share(videos: Sequence[T], rank: int, world: int) -> list[T]:
+    """The part of a step's, or a split's, videos that process ``rank`` of ``world`` works on: sizes differ by at most
+    one."""
+    return list(videos[rank::world])
 
 
 def gather_skipped(skipped: dict[str, str], world: int) -> dict[str, str]:

@@ -26,7 +26,7 @@ from sparsify.data.music_avqa import Split
 from sparsify.errors import CheckpointError, TrainingError
 from sparsify.progress import Advance, format_seconds, progress_bar, say
 from sparsify.report.scores import Floor
-from sparsify.training.checkpoints import keep_epoch, write_folder
+from sparsify.training.checkpoints import keep_epoch, kept, write_folder
 from sparsify.training.evaluate import EvalResult, evaluate_dataset, masked_keep
 from sparsify.training.loading import Loaded, epoch_order, gather_skipped, load_batches, share, step_seed, to_device
 from sparsify.training.metrics import MetricsLog
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
     from sparsify.model import SparsifyModel
 
 __all__ = ["Trainer", "TrainingData"]
+
+LOG_EVERY = 10  # steps
 
 
 @dataclass(frozen=True)
@@ -78,7 +80,6 @@ class Trainer:
     resume: Path | None = None  # a checkpoint to go on from
     progress: bool = True
     stop_after: int | None = None  # steps of this call
-    log_every: int = 10  # steps
 
     def __post_init__(self) -> None:
         train = self.config.train
@@ -100,7 +101,7 @@ class Trainer:
         self.window: Counter[str] = Counter()  # sums since the last line of metrics
         self.taken = 0  # steps of this call
         self.saved = self.timed = time.monotonic()
-        self.spare: Loaded | None = None  # the last batch that this process could read
+        self.spare: Loaded | None = None  # a batch that this process could read
         self.stop = StopRequest()
         self.metrics = MetricsLog(
             self.output,
@@ -119,10 +120,6 @@ class Trainer:
         except InterruptedRun:
             self.save_last()
             raise
-        except RuntimeError as error:  # torch raises it when it hears of the death, wherever this process is
-            if "DataLoader worker" not in str(error):
-                raise
-            raise TrainingError(f"a data loading process died (out of memory?): {error}; {self.kept()}") from error
         finally:
             self.metrics.close()
 
@@ -155,7 +152,7 @@ class Trainer:
         with self.bar(f"epoch {state.epoch + 1}/{train.epochs}{masked}", sum(map(len, left))) as advance:
             for step, loaded in zip(left, batches, strict=True):
                 self.take_step(loaded, len(steps), counts=self.rank < len(step))
-                note = self.log() if state.step == len(steps) or state.steps % self.log_every == 0 else ""
+                note = self.log() if state.step == len(steps) or state.steps % LOG_EVERY == 0 else ""
                 advance(len(step), note)
                 self.between_steps()
 
@@ -168,12 +165,8 @@ class Trainer:
         state, train = self.state, self.config.train
         self.note_skipped(loaded.skipped)
         if self.world > 1:  # all processes take part in every step, with an earlier batch if need be
-            if loaded.batch is None and self.spare is None:
-                raise TrainingError(
-                    f"process {self.rank}: none of its first step's videos can be read: {', '.join(loaded.skipped)}"
-                )
             counts = counts and loaded.batch is not None
-            loaded = self.spare = loaded if loaded.batch is not None else self.spare or loaded
+            loaded = self.spare = loaded if loaded.batch is not None else self.spare or self.any_video()
         if loaded.batch is not None:
             factor = lr_factor((state.epoch + (state.step + 0.5) / steps) / train.epochs, train.warmup)
             set_learning_rates(self.inner, factor)
@@ -209,6 +202,18 @@ class Trainer:
         self.taken += 1
         if self.device.type == "cpu":
             self.look()  # waits for nothing here
+
+    def any_video(self) -> Loaded:
+        """A batch of the first training video that can be read."""
+        train, keep = self.config.train, self.config.keep_at(self.state.epoch)
+        alone = [[i] for i in self.data.usable]
+        found = load_batches(
+            self.data.train, alone, epoch=self.state.epoch, run_seed=train.seed, keep=keep, workers=0, pin=False
+        )
+        for loaded in found:
+            if loaded.batch is not None:
+                return loaded
+        raise TrainingError(f"none of the {len(alone)} training videos can be read any more; {kept(self.output)}")
 
     def log(self) -> str:
         """Write a line about the steps since the last one, and return a note for the progress bar."""
@@ -256,12 +261,7 @@ class Trainer:
 
     def diverged(self, step: int, video_id: tuple[str, ...], what: str) -> TrainingError:
         where = f"epoch {self.state.epoch + 1}, step {step + 1}"
-        return TrainingError(f"training diverged in {where}: {what}; videos {', '.join(video_id)}; {self.kept()}")
-
-    def kept(self) -> str:
-        """What is left of a run that has to end."""
-        kept = [str(self.output / name) for name in ("last", "best") if (self.output / name).exists()]
-        return f"earlier checkpoints: {', '.join(kept)}" if kept else "no checkpoint was written before it"
+        return TrainingError(f"training diverged in {where}: {what}; videos {', '.join(video_id)}; {kept(self.output)}")
 
     def note_skipped(self, skipped: dict[str, str]) -> None:
         """Videos that could not be read: said once, and left out of what is counted as trained on."""
@@ -271,7 +271,7 @@ class Trainer:
 
     def between_steps(self) -> None:
         """Stop or save, where asked to. Several processes agree on it, at the steps that are logged."""
-        if self.world > 1 and self.state.steps % self.log_every:
+        if self.world > 1 and self.state.steps % LOG_EVERY:
             return
         stop = self.stop.requested or (self.stop_after is not None and self.taken >= self.stop_after)
         save = time.monotonic() - self.saved > self.config.train.save_seconds
