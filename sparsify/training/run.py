@@ -57,7 +57,9 @@ class RunState:
     best_epoch: int | None = None
     best_accuracy: float = -1.0
     history: list[dict[str, Any]] = field(default_factory=list)  # one entry a finished epoch
-    seconds: dict[str, float] = field(default_factory=lambda: {"prepare": 0.0, "train": 0.0, "evaluate": 0.0})
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("prepare", "train", "evaluate", "save"), 0.0)
+    )
     left_out: list[str] = field(default_factory=list)  # training videos that could not be read when the run began
     skipped: dict[str, str] = field(default_factory=dict)  # these and those that could not be read later, with reason
     saves_failed: int = 0  # within epochs

@@ -7,11 +7,11 @@ CPU.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -317,6 +317,7 @@ class Trainer:
             "saves_failed": state.saves_failed,
             "train_seconds": state.seconds["train"],
             "evaluate_seconds": state.seconds["evaluate"],
+            "save_seconds": state.seconds["save"],
         }
         if result.accuracy > state.best_accuracy:  # a tie stays with the earlier epoch
             state.best_accuracy, state.best_epoch = result.accuracy, state.epoch
@@ -380,18 +381,18 @@ class Trainer:
         self.saved = time.monotonic()
 
     def write(self, name: str, fill: Callable[[Path], None]) -> None:
+        started = time.monotonic()
         try:
             if self.accelerator.is_main_process:
                 write_folder(self.output / name, fill)
         finally:
             self.accelerator.wait_for_everyone()
+            seconds = time.monotonic() - started
+            self.state.seconds["save"] += seconds
+            self.timed += seconds  # not of the training
 
-    @contextlib.contextmanager
-    def bar(self, description: str, total: int) -> Iterator[Advance]:
-        with progress_bar(
-            description, total, quiet=not self.progress or not self.accelerator.is_main_process
-        ) as advance:
-            yield advance
+    def bar(self, description: str, total: int) -> AbstractContextManager[Advance]:
+        return progress_bar(description, total, quiet=not self.progress or not self.accelerator.is_main_process)
 
     def say(self, text: str) -> None:
         if self.progress and self.accelerator.is_main_process:

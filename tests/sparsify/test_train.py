@@ -80,7 +80,7 @@ def test_the_run_folder_and_its_results(run: Run, tiny_config: Config, tiny_root
     assert results["steps"] == 9
     assert results["parameters"] == sum(p.numel() for p in SparsifyModel.from_pretrained(folder / "best").parameters())
     assert results["seconds"]["total"] == pytest.approx(
-        sum(results["seconds"][k] for k in ("prepare", "train", "evaluate"))
+        sum(results["seconds"][k] for k in ("prepare", "train", "evaluate", "save"))
     )
     assert results["versions"]["torch"] == torch.__version__.partition("+")[0] or "+" in results["versions"]["torch"]
     again = evaluate(SparsifyModel.from_pretrained(folder / "best"), tiny_root, "test", precision="fp32")
