@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import multiprocessing
+import os
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -16,7 +18,17 @@ from sparsify.data.dataset import Item, VideoDataset, collate
 from sparsify.data.music_avqa import Question
 from sparsify.training.run import leave_locks
 
-__all__ = ["Loaded", "draw_seed", "epoch_order", "gather_skipped", "load_batches", "share", "step_seed", "to_device"]
+__all__ = [
+    "Loaded",
+    "draw_seed",
+    "epoch_order",
+    "gather_skipped",
+    "load_batches",
+    "share",
+    "start_loading",
+    "step_seed",
+    "to_device",
+]
 
 T = TypeVar("T")
 
@@ -85,10 +97,20 @@ def load_batches(
         batch_sampler=steps,  # type: ignore[arg-type]
         collate_fn=functools.partial(_collate, epoch=epoch, run_seed=run_seed, keep=keep, asked=asked),
         num_workers=workers,
-        worker_init_fn=leave_locks,
+        worker_init_fn=functools.partial(start_loading, parent=os.getpid()),
         pin_memory=pin,
     )
     return iter(loader)
+
+
+def start_loading(worker: int, parent: int) -> None:
+    """In a new loading process: let go of the locks of ``parent``, and end if that was killed already.
+
+    torch's own watch would wait forever for a parent that died before the watch began.
+    """
+    leave_locks()
+    if multiprocessing.get_start_method() == "fork" and os.getppid() != parent:
+        os._exit(1)
 
 
 def _collate(items: list[Item], *, epoch: int, run_seed: int, keep: float, asked: frozenset[int] | None) -> Loaded:

@@ -145,7 +145,7 @@ def lock_run(folder: Path) -> Iterator[None]:
             folder.rmdir()
 
 
-def leave_locks(worker: int = 0) -> None:
+def leave_locks() -> None:
     """In a forked loading process: let go of the locks that came with the fork.
 
     It lives for seconds after its parent was killed, and would keep the run from being resumed.
