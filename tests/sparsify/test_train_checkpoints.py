@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -21,6 +22,7 @@ from sparsify.errors import CheckpointError
 from sparsify.training import InterruptedRun
 from sparsify.training import trainer as trainer_module
 from sparsify.training.checkpoints import check_seal, keep_epoch, resumable, tidy, write_folder
+from sparsify.training.loading import start_loading
 from sparsify.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("_silent_model")
@@ -257,6 +259,14 @@ with lock_run(Path(sys.argv[1])):
         time.sleep(30)
     time.sleep(30)
 """
+
+
+def test_a_loading_process_whose_parent_died_before_it_began_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "_exit", sys.exit)
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "fork")
+    start_loading(0, parent=os.getppid())
+    with pytest.raises(SystemExit):
+        start_loading(0, parent=os.getpid())
 
 
 def test_a_loading_process_that_outlives_a_killed_run_does_not_hold_its_lock(tmp_path: Path) -> None:

@@ -126,6 +126,21 @@ def test_a_run_that_selects_goes_on_where_it_was_stopped(run: Run, config: Confi
         assert [ours[key] for key in EXACT] == [theirs[key] for key in EXACT]
 
 
+def test_every_epoch_masks_by_its_ratio(run: Run, tiny_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    keeps: dict[int, set[float]] = {}
+    take_step = Trainer.take_step
+
+    def spy(self: Trainer, loaded: Any, *args: Any, **options: Any) -> None:
+        masking = loaded.batch.masking
+        keeps.setdefault(self.state.epoch, set()).add(1.0 if masking is None else masking.keep)
+        take_step(self, loaded, *args, **options)
+
+    monkeypatch.setattr(Trainer, "take_step", spy)
+    results = run(config=tiny_config.replace(**{"mask.schedule": [0.25, 0.5, 1.0]}))
+    assert keeps == {0: {0.25}, 1: {0.5}, 2: {1.0}}
+    assert [line["keep"] for line in results["history"]] == [0.25, 0.5, 1.0]
+
+
 def test_a_dense_run_skips_nothing(run: Run, config: Config) -> None:
     results = run(config=config.replace(dense=True))
     assert [line["questions_skipped"] for line in results["history"]] == [0] * EPOCHS
