@@ -170,7 +170,7 @@ class TrainConfig:
     encoder_lr: float = 1e-4  # of the two encoders (lower when they are pretrained)
     weight_decay: float = 0.05
     muon: float = 0.0  # above 0: matrices follow Muon, at this multiple of their learning rate; 0: AdamW for all
-    matching: float = 0.0  # weight of a second loss: which of a step's videos is a question about?
+    matching: float = 0.0  # weight of a second loss: which of a step's (and process's) videos is a question about?
     warmup: float = 0.05  # share of the run
     clip_norm: float = 1.0
     label_smoothing: float = 0.0

@@ -76,11 +76,11 @@ def train(
 
     output = Path(output)
     # Autocast is ours: evaluation and training share it. Accelerate joins torchrun's processes on a CPU only if told.
-    # Decoding a data set takes hours, and one process may be done long before another.
+    # Of the shares of a data set that processes decode, one may be done minutes before another: more than NCCL waits.
     accelerator = Accelerator(
         mixed_precision="no",
         cpu=not torch.accelerator.is_available(),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=6))],
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],
     )
     with contextlib.ExitStack() as stack:
         if accelerator.is_main_process:
