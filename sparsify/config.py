@@ -14,8 +14,10 @@ import math
 import types
 import typing
 from dataclasses import dataclass, field
+from fractions import Fraction
 from typing import Any
 
+from sparsify._config_ranges import check_ranges
 from sparsify.errors import ConfigError
 
 __all__ = [
@@ -26,13 +28,13 @@ __all__ = [
     "MaskConfig",
     "MergeConfig",
     "PRESETS",
+    "SelectConfig",
     "TextConfig",
     "TrainConfig",
     "VisionConfig",
 ]
 
 CONFIG_VERSION = 1
-_INPUTS = ("both", "blind", "deaf", "textonly")
 
 
 @dataclass(frozen=True)
@@ -150,6 +152,17 @@ class FusionConfig:
 
 
 @dataclass(frozen=True)
+class SelectConfig:
+    """Selection of samples (paper, section 3.4), anew in each epoch (InfoBatch, arXiv 2303.04947) and beforehand."""
+
+    skip: float = 0.0  # share of the easy samples (loss at most the mean) that an epoch skips; 0: every epoch is whole
+    unit: str = "video"  # what is skipped: a video with all of its questions, which is then not encoded; or a question
+    until: float = 0.875  # share of the epochs that skip; the first, which knows no losses, and the rest are whole
+    subset: str | None = None  # a file of `sparsify select`, or annotations: train on these questions alone
+    filter_leaks: bool = False  # leave out questions of ``subset`` that are in an evaluated split, instead of refusing
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     epochs: int = 15
     videos: int = 16  # videos a step
@@ -157,19 +170,21 @@ class TrainConfig:
     encoder_lr: float = 1e-4  # of the two encoders (lower when they are pretrained)
     weight_decay: float = 0.05
     muon: float = 0.0  # above 0: matrices follow Muon, at this multiple of their learning rate; 0: AdamW for all
-    matching: float = 0.0  # weight of a second loss: which of a step's videos is a question about?
+    matching: float = 0.0  # weight of a second loss: which of a step's (and process's) videos is a question about?
     warmup: float = 0.05  # share of the run
     clip_norm: float = 1.0
     label_smoothing: float = 0.0
     precision: str = "auto"  # auto, fp32 or bf16
     seed: int = 0
     workers: int = 0  # data loading processes
+    save_seconds: float = 900.0  # between two checkpoints within an epoch; there is one at its end in any case
+    keep_last: int = 0  # checkpoints of ends of epochs that are kept beside last/ and best/
     inputs: str = "both"  # both; blind (no frames), deaf (no audio), textonly (neither): the controls
 
 
 @dataclass(frozen=True)
 class Config:
-    """Everything that decides a run. ``dense`` switches masking and merging off: the baseline."""
+    """Everything that decides a run. ``dense`` switches masking, merging and selection off: the baseline."""
 
     clip: ClipConfig = field(default_factory=ClipConfig)
     vision: VisionConfig = field(default_factory=VisionConfig)
@@ -178,11 +193,12 @@ class Config:
     mask: MaskConfig = field(default_factory=MaskConfig)
     merge: MergeConfig = field(default_factory=MergeConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)
+    select: SelectConfig = field(default_factory=SelectConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     dense: bool = False
 
     def __post_init__(self) -> None:
-        _validate(self)
+        check_ranges(self)
 
     @staticmethod
     def preset(name: str) -> Config:
@@ -199,6 +215,17 @@ class Config:
             return self.mask.schedule[min(epoch, len(self.mask.schedule) - 1)]
         masked = range(self.train.epochs)[slice(*self.mask.epochs)]
         return self.mask.keep if epoch in masked else 1.0
+
+    def units(self, keep: float) -> int:
+        """Mask units of one video that are encoded at ``keep``, both modalities together."""
+        images = ((self.clip.frames, self.vision.units**2), (self.clip.segments, self.audio.units**2))
+        return sum(count * max(1, math.floor(keep * units + 0.5)) for count, units in images)
+
+    def skip_at(self, epoch: int) -> float:
+        """Share of the easy samples that epoch ``epoch`` (0-based) skips; 0.0: it is whole."""
+        # The share as the decimal number it is written as: 0.29 of 100 epochs are 29, which binary floats make 28.
+        pruned = math.floor(Fraction(str(self.select.until)) * self.train.epochs)
+        return self.select.skip if 0 < epoch < pruned and not self.dense else 0.0
 
     def replace(self, **changes: Any) -> Config:
         """A copy with dotted keys changed: ``config.replace(**{"train.lr": 3e-4, "dense": True})``."""
@@ -293,100 +320,7 @@ def _coerce(hint: Any, value: Any, where: str) -> Any:
     raise ConfigError(f"{where}: expected {hint.__name__}, got {value!r}")
 
 
-def _require(ok: bool, key: str, expected: str, value: object) -> None:
-    if not ok:
-        raise ConfigError(f"config.{key}: expected {expected}, got {value!r}")
-
-
-# Everything that counts something of which there must be at least one.
-_AT_LEAST_ONE = {
-    "clip": ("frames", "segments", "sample_rate", "fft", "hop"),
-    "vision": ("image_size", "patch_size", "window_size", "embed_dim", "depths", "heads", "unit"),
-    "audio": ("spec_size", "mel_bins", "patch_size", "window_size", "embed_dim", "depths", "heads", "unit"),
-    "text": ("dim", "layers", "heads", "max_words"),
-    "merge": ("heads",),
-    "fusion": ("dim", "heads", "adapter_latents", "adapter_dim", "layers"),
-    "train": ("epochs", "videos"),
-}
-_NOT_NEGATIVE = {
-    "merge": ("fence",),
-    "fusion": ("mixer_layers",),
-    "train": ("lr", "encoder_lr", "weight_decay", "muon", "matching", "clip_norm", "seed", "workers"),
-}
-_BELOW_ONE = {"text": ("dropout",), "fusion": ("dropout",), "train": ("warmup", "label_smoothing")}
-
-
-def _validate(config: Config) -> None:
-    """``ConfigError`` for the first value outside its range, or that does not fit another."""
-    for section, keys in _AT_LEAST_ONE.items():
-        for key in keys:
-            value = getattr(getattr(config, section), key)
-            least = min(value, default=0) if isinstance(value, tuple) else value
-            _require(least >= 1, f"{section}.{key}", "at least 1", value)
-    for section, keys in _NOT_NEGATIVE.items():
-        for key in keys:
-            value = getattr(getattr(config, section), key)
-            _require(value >= 0, f"{section}.{key}", "at least 0", value)
-    for section, keys in _BELOW_ONE.items():
-        for key in keys:
-            value = getattr(getattr(config, section), key)
-            _require(0 <= value < 1, f"{section}.{key}", "a share in [0, 1)", value)
-    _validate_data(config)
-    _validate_encoder("vision", config.vision, config.vision.image_size)
-    _validate_encoder("audio", config.audio, config.audio.spec_size)
-    _validate_model(config)
-    m, t = config.mask, config.train
-    _require(0 < m.keep <= 1, "mask.keep", "a share in (0, 1]", m.keep)
-    _require(all(0 < k <= 1 for k in m.schedule), "mask.schedule", "shares in (0, 1]", m.schedule)
-    _require(m.kind in ("unit", "time"), "mask.kind", "unit or time", m.kind)
-    if m.kind == "time":
-        a = config.audio
-        _require(a.mel_bins % a.unit == 0, "audio.unit", f"with mask.kind time a divisor of {a.mel_bins} bins", a.unit)
-    _require(t.precision in ("auto", "fp32", "bf16"), "train.precision", "auto, fp32 or bf16", t.precision)
-    _require(t.inputs in _INPUTS, "train.inputs", "both, blind, deaf or textonly", t.inputs)
-    _require(t.seed < 2**63, "train.seed", "less than 2^63", t.seed)
-
-
-def _validate_data(config: Config) -> None:
-    c, a = config.clip, config.audio
-    _require(c.segment_seconds > 0, "clip.segment_seconds", "a positive number of seconds", c.segment_seconds)
-    _require(0 <= c.f_min < c.f_max, "clip.f_min", f"at least 0 and below clip.f_max = {c.f_max}", c.f_min)
-    _require(a.spec_size % a.mel_bins == 0, "audio.spec_size", f"a multiple of mel_bins = {a.mel_bins}", a.spec_size)
-
-
-def _validate_encoder(name: str, encoder: VisionConfig | AudioConfig, size: int) -> None:
-    stages = len(encoder.depths)
-    window = encoder.patch_size * encoder.window_size
-    last = encoder.patch_size * 2 ** (stages - 1)
-    _require(len(encoder.heads) == stages, f"{name}.heads", f"one number a stage ({stages})", encoder.heads)
-    for stage, heads in enumerate(encoder.heads):
-        dim = encoder.embed_dim * 2**stage
-        _require(
-            dim % heads == 0, f"{name}.heads", f"divisors of the stages' dims ({dim} in stage {stage})", encoder.heads
-        )
-    _require(
-        size % window == 0, f"{name}.window_size", f"windows of {window} px that tile {size} px", encoder.window_size
-    )
-    _require(size % encoder.unit == 0, f"{name}.unit", f"a divisor of {size}", encoder.unit)
-    _require(encoder.unit % last == 0, f"{name}.unit", f"a multiple of {last}, the last stage's token", encoder.unit)
-
-
-def _validate_model(config: Config) -> None:
-    v, a, merge = config.vision, config.audio, config.merge
-    stages = len(v.depths)
-    windows = v.pretrained_windows
-    _require(len(windows) in (0, stages), "vision.pretrained_windows", f"{stages} numbers or none", windows)
-    _require(len(a.depths) == stages, "audio.depths", f"as many stages as vision.depths ({stages})", a.depths)
-    dim = config.text.dim
-    _require(dim % config.text.heads == 0, "text.heads", f"a divisor of text.dim = {dim}", config.text.heads)
-    dim = config.fusion.dim
-    _require(dim % config.fusion.heads == 0, "fusion.heads", f"a divisor of fusion.dim = {dim}", config.fusion.heads)
-    _require(dim % merge.heads == 0, "merge.heads", f"a divisor of fusion.dim = {dim}", merge.heads)
-    capacity = merge.capacity
-    _require(capacity is None or 0 < capacity <= 1, "merge.capacity", "a share in (0, 1] or null", capacity)
-
-
-_PAPER = Config(train=TrainConfig(encoder_lr=1e-5))
+_PAPER = Config(select=SelectConfig(skip=0.5, unit="question"), train=TrainConfig(encoder_lr=1e-5))
 _DEMO = Config(
     clip=ClipConfig(frames=4, segments=1, segment_seconds=4.0, sample_rate=24_000, fft=512, hop=384, f_max=11_000.0),
     vision=VisionConfig(image_size=128, patch_size=8, window_size=4, embed_dim=32, depths=(1, 2, 1), heads=(2, 4, 8)),

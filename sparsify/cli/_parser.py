@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import sparsify
 from sparsify.errors import UsageError
 
-__all__ = ["Parser", "build_parser", "count", "positive", "seed"]
+__all__ = ["Parser", "build_parser", "count", "positive", "seed", "share"]
 
 DESCRIPTION = """\
 Answers questions about music videos without computing most of the video: in training half of the frames and of the
@@ -83,6 +83,14 @@ def count(text: str) -> int:
     return int(text)
 
 
+def share(text: str) -> float:
+    """An argument type: a share in [0, 1)."""
+    value = float(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"expected a share of at least 0 and below 1, got {text!r}")
+    return value
+
+
 def seed(text: str) -> int:
     """An argument type: a seed in [0, 2^63)."""
     value = count(text)
@@ -93,7 +101,7 @@ def seed(text: str) -> int:
 
 def build_parser() -> Parser:
     """The parser of the whole command line; the parsed arguments carry ``run``, the command's function."""
-    from sparsify.cli import ask, check, evaluate, info, synth, train
+    from sparsify.cli import ask, check, evaluate, info, select, synth, train
 
     parser = Parser(
         prog="sparsify",
@@ -105,6 +113,6 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(
         title="commands", metavar="COMMAND", dest="command", required=True, prog="sparsify"
     )
-    for command in (synth, check, train, evaluate, ask, info):
+    for command in (synth, check, train, evaluate, ask, select, info):
         command.add(commands)
     return parser

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 from typing import Any
 
-from sparsify.cli._parser import count, seed
+from sparsify.cli._parser import count, seed, share
 from sparsify.config import PRESETS, Config
 from sparsify.errors import UsageError
 
@@ -17,14 +18,15 @@ __all__ = ["add", "run"]
 DESCRIPTION = """\
 Trains a model on ROOT's training split, picks the best epoch by validation and judges it on the test split, if there is
 one. Everything goes into one run folder: config.json, metrics.jsonl, tensorboard/, best/, last/, results.json. Ctrl-C
-saves and ends; --resume goes on as if nothing had happened."""
+saves and ends; --resume goes on as if nothing had happened, after a crash or a kill, too."""
 
 EPILOG = """\
 examples:
   sparsify train data/demo --output runs/demo                 a CPU, minutes
   sparsify train data/music_avqa --preset paper --output runs/paper \\
       --vision-weights swinv2_tiny_window8_256.ms_in1k --audio-weights laion/clap-htsat-unfused
-  sparsify train data/demo --dense --output runs/dense        the baseline: nothing masked, nothing merged
+  sparsify train data/demo --dense --output runs/dense        the baseline: nothing masked, merged or skipped
+  sparsify train data/demo --skip 0.5 --output runs/skip      easy videos are not encoded in every epoch
   sparsify train data/demo --deaf --output runs/deaf          a control: what is the sound worth?
   sparsify train data/demo --set train.lr=3e-4 --set mask.epochs=[0,6]
   sparsify train data/demo --resume --output runs/demo        go on with a stopped run
@@ -37,6 +39,8 @@ _SHORTCUTS = {
     "epochs": "train.epochs",
     "seed": "train.seed",
     "workers": "train.workers",
+    "skip": "select.skip",
+    "subset": "select.subset",
     "vision_weights": "vision.weights",
     "audio_weights": "audio.weights",
     "text_weights": "text.weights",
@@ -62,7 +66,14 @@ def add(commands: Any) -> None:
     config.add_argument(
         "--workers", metavar="N", type=count, help="data loading processes; 0 loads in the main process"
     )
-    config.add_argument("--dense", action="store_true", help="no masking and no merging: the baseline")
+    config.add_argument(
+        "--skip",
+        metavar="SHARE",
+        type=share,
+        help="an epoch skips this share of the videos that the model finds easy; 0.5 in the paper, there of the "
+        "questions: --set select.unit=question",
+    )
+    config.add_argument("--dense", action="store_true", help="no masking, merging, skipping: the baseline")
     controls = config.add_mutually_exclusive_group()
     controls.add_argument("--blind", action="store_true", help="a control: no picture")
     controls.add_argument("--deaf", action="store_true", help="a control: no sound")
@@ -75,6 +86,12 @@ def add(commands: Any) -> None:
     )
     data = parser.add_argument_group("data")
     data.add_argument("--cache", metavar="DIR", type=Path, help="decoded clips (default: ROOT/cache)")
+    data.add_argument(
+        "--subset", metavar="FILE", type=_existing, help="train on these questions only: what `sparsify select` wrote"
+    )
+    data.add_argument(
+        "--filter-leaks", action="store_true", help="leave out questions of --subset that the run is judged by"
+    )
     for name in ("train", "val", "test"):
         data.add_argument(f"--{name}", metavar="FILE", type=Path, help=f"instead of ROOT/annotations/avqa-{name}.json")
     parser.set_defaults(run=run)
@@ -91,7 +108,8 @@ def run(args: argparse.Namespace) -> int:
     from sparsify.training import train
 
     results = train(config, root, output, resume=args.resume, cache_folder=args.cache)
-    print(_summary(results, output))
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first speaks
+        print(_summary(results, output))
     return 0
 
 
@@ -102,6 +120,8 @@ def _config(args: argparse.Namespace) -> Config | None:
         for name, key in _SHORTCUTS.items()
         if getattr(args, name) is not None
     ]
+    if args.filter_leaks:
+        options.append("select.filter_leaks=true")
     if args.dense:
         options.append("dense=true")
     options += [f"train.inputs={name}" for name in ("blind", "deaf", "textonly") if getattr(args, name)]
@@ -110,6 +130,13 @@ def _config(args: argparse.Namespace) -> Config | None:
     if not options:
         return None
     return _saved_config(args.output).with_options(options)
+
+
+def _existing(text: str) -> str:
+    """An argument type: a file, by its absolute path, so that a resumed run finds it from anywhere."""
+    if not Path(text).is_file():
+        raise argparse.ArgumentTypeError(f"expected a file, found {'a folder' if Path(text).is_dir() else 'nothing'}")
+    return str(Path(text).resolve())
 
 
 def _saved_config(run_folder: Path) -> Config:

@@ -27,7 +27,17 @@ if TYPE_CHECKING:
     from sparsify.config import Config
     from sparsify.data.music_avqa import DataRoot, Question, Split
 
-__all__ = ["INPUTS", "Item", "PrepareReport", "VideoDataset", "batch_questions", "collate", "prepare", "stack_clips"]
+__all__ = [
+    "INPUTS",
+    "Item",
+    "PrepareReport",
+    "VideoDataset",
+    "batch_questions",
+    "collate",
+    "cores",
+    "prepare",
+    "stack_clips",
+]
 
 INPUTS = ("both", "blind", "deaf", "textonly")
 _FEW = 4  # videos: decoded here; starting processes would take longer
@@ -224,7 +234,7 @@ def prepare(
             advance(1)
         else:
             missing[video_id] = path
-    processes = min(_cores() if workers is None else workers, len(missing))
+    processes = min(cores() if workers is None else workers, len(missing))
     for video_id, reason in zip(missing, _tried(list(missing.values()), config, cache, processes), strict=True):
         reasons[video_id] = reason
         advance(1)
@@ -232,7 +242,8 @@ def prepare(
     return PrepareReport(len(missing) - len(skipped), len(split.videos) - len(missing), skipped)
 
 
-def _cores() -> int:
+def cores() -> int:
+    """CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

@@ -21,9 +21,9 @@ from sparsify.data.templates import ANSWERS
 from sparsify.errors import DataError, UsageError
 from sparsify.progress import Advance
 from sparsify.report.scores import Floor, Scores, floor_of, score
+from sparsify.training.checkpoints import write_text
 from sparsify.training.loading import Loaded, load_batches, share, to_device
 from sparsify.training.optim import choose_precision
-from sparsify.training.run import write_text
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

@@ -8,7 +8,8 @@ import json
 import os
 import platform
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,17 +18,19 @@ import torch
 import sparsify
 from sparsify.config import Config
 from sparsify.data.cache import ClipCache
-from sparsify.data.dataset import VideoDataset, prepare
+from sparsify.data.dataset import VideoDataset, cores, prepare
 from sparsify.data.music_avqa import DataRoot, Split
+from sparsify.data.subset import apply_subset
 from sparsify.data.vocabulary import Vocabulary
-from sparsify.errors import CheckpointError, DataError, UsageError
+from sparsify.errors import CheckpointError, DataError, TrainingError, UsageError
 from sparsify.model import SparsifyModel
 from sparsify.progress import Advance, format_seconds, progress_bar, say
 from sparsify.report.scores import floor_of
+from sparsify.training.checkpoints import check_seal, keep_epoch, kept, resumable, tidy, write_text
 from sparsify.training.evaluate import EvalResult, evaluate_dataset, masked_keep
-from sparsify.training.loading import share
+from sparsify.training.loading import gather_skipped, share
 from sparsify.training.optim import Precision, choose_precision
-from sparsify.training.run import RunState, claim_run, lock_run, read_state, recover, write_text
+from sparsify.training.run import RunState, claim_run, lock_run, read_state
 from sparsify.training.stopping import InterruptedRun
 from sparsify.training.trainer import Trainer, TrainingData
 
@@ -66,14 +69,19 @@ def train(
     Raises:
         UsageError: the folder is in use or holds another run.
         DataError, CheckpointError: the data, or the checkpoint to start from, is not as it should be.
-        TrainingError: the loss is not finite.
+        TrainingError: the loss is not finite, or a data loading process died.
         InterruptedRun: (a ``KeyboardInterrupt``) SIGINT or SIGTERM; ``output/last`` is saved.
     """
-    from accelerate import Accelerator
+    from accelerate import Accelerator, InitProcessGroupKwargs
 
     output = Path(output)
     # Autocast is ours: evaluation and training share it. Accelerate joins torchrun's processes on a CPU only if told.
-    accelerator = Accelerator(mixed_precision="no", cpu=not torch.accelerator.is_available())
+    # Of the shares of a data set that processes decode, one may be done minutes before another: more than NCCL waits.
+    accelerator = Accelerator(
+        mixed_precision="no",
+        cpu=not torch.accelerator.is_available(),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=timedelta(hours=1))],
+    )
     with contextlib.ExitStack() as stack:
         if accelerator.is_main_process:
             stack.enter_context(lock_run(output))
@@ -86,6 +94,10 @@ def train(
         except InterruptedRun as stopped:
             experiment.say(str(stopped))
             raise
+        except RuntimeError as error:  # torch raises it when it hears of the death, wherever this process is
+            if "DataLoader worker" not in str(error):
+                raise
+            raise TrainingError(f"a data loading process died (out of memory?): {error}; {kept(output)}") from error
 
 
 @dataclass
@@ -100,34 +112,34 @@ class _Experiment:
     def run(self, resume: bool, init: Path | None, stop_after: int | None) -> dict[str, Any]:
         """The steps of a run, one after the other."""
         config, output, main = self.config, self.output, self.accelerator.is_main_process
-        if resume and recover(output / "last") and (output / "results.json").exists():
+        if main:
+            tidy(output)
+        self.accelerator.wait_for_everyone()
+        source = self.checkpoint() if resume else None
+        if source is not None and (output / "results.json").exists():
             self.say(f"{output}: this run is complete; {output / 'results.json'} holds its results")
             return json.loads((output / "results.json").read_text(encoding="utf-8"))
         precision = choose_precision(config.train.precision, self.accelerator.device)
         self.say(self.introduction(precision))
         started = time.monotonic()
         cache = ClipCache(self.cache_folder, config)
-        names = ("train", "val", "test") if self.root.has("test") else ("train", "val")
-        splits = {name: self.root.split(name) for name in names}
+        splits = self.splits()
         skipped = {name: self.decode(split, cache) for name, split in splits.items()}
-        resume = resume and (output / "last").exists()
-        fresh = RunState(fingerprints={name: split.fingerprint for name, split in splits.items()})
-        state = self.load_state(splits) if resume else fresh
+        state = self.state(source, splits, skipped["train"])
         state.seconds["prepare"] += time.monotonic() - started
-        state.skipped |= skipped["train"]
-        if main and not resume:
+        if main and source is None:
             write_text(output / "config.json", json.dumps(config.to_dict(), indent=2) + "\n")
-        model = self.load_model(init) if init and not resume else self.new_model(splits["train"], resume)
+        if source is not None:
+            model = SparsifyModel.from_pretrained(source)
+        else:
+            model = self.load_model(init) if init else self.new_model(splits["train"])
 
         def dataset(name: str) -> VideoDataset:
             return VideoDataset(
                 self.root, splits[name], config, model.vocabulary, cache, config.train.inputs, skipped[name]
             )
 
-        usable = [i for i, video in enumerate(splits["train"].videos) if video not in state.skipped]
-        if not usable:
-            reason = next(iter(state.skipped.values()))
-            raise DataError(f"{splits['train'].path}: none of the {len(state.skipped)} videos can be read ({reason})")
+        usable = _usable(splits["train"], state)
         data = TrainingData(
             dataset("train"), splits["train"], usable, dataset("val"), splits["val"], floor_of(self.root)
         )
@@ -139,7 +151,7 @@ class _Experiment:
             self.accelerator,
             precision,
             state,
-            resume,
+            source,
             progress=self.progress,
             stop_after=stop_after,
         )
@@ -160,28 +172,68 @@ class _Experiment:
             f"{precision.name}: {precision.reason}"
         )
 
-    def decode(self, split: Split, cache: ClipCache) -> dict[str, str]:
-        """Every clip of ``split`` into the cache; returns the unreadable videos with the reason."""
-        self.say(split.describe())
-        with self.bar(f"decode {split.name}", len(split.videos)) as advance:
-            report = prepare(self.root, split, self.config, cache, progress=advance)
-        for video, reason in report.skipped.items():
-            self.say(f"  skipped {video}: {reason}")
-        return dict(report.skipped)
+    def splits(self) -> dict[str, Split]:
+        """The splits by name; of the training split the part that the configuration names."""
+        names = ("train", "val", "test") if self.root.has("test") else ("train", "val")
+        splits = {name: self.root.split(name) for name in names}
+        select = self.config.select
+        if select.subset is not None:
+            evaluated = [split for name, split in splits.items() if name != "train"]
+            splits["train"], leaks = apply_subset(
+                splits["train"], select.subset, evaluated, filter_leaks=select.filter_leaks
+            )
+            for name, count in leaks.items():
+                self.say(f"{select.subset}: left out {count} questions of the split {name!r}, which judges the run")
+        return splits
 
-    def load_state(self, splits: dict[str, Split]) -> RunState:
-        """The state in ``last/``; ``UsageError`` when the data is no longer the run's."""
-        state = read_state(self.output / "last")
+    def decode(self, split: Split, cache: ClipCache) -> dict[str, str]:
+        """Every clip of ``split`` into the cache, a share by each process; the unreadable videos with the reason."""
+        self.say(split.describe())
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        mine = set(share(list(split.videos), rank, world))
+        part = replace(split, questions=tuple(q for q in split.questions if q.video_id in mine))
+        beside = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # processes on this machine
+        workers = None if world == 1 else max(1, cores() // beside)
+        with self.bar(f"decode {split.name}", len(mine)) as advance:
+            report = prepare(self.root, part, self.config, cache, progress=advance, workers=workers)
+        unreadable = gather_skipped(report.skipped, world)
+        skipped = {video: unreadable[video] for video in split.videos if video in unreadable}
+        for video, reason in skipped.items():
+            self.say(f"  skipped {video}: {reason}")
+        return skipped
+
+    def checkpoint(self) -> Path | None:
+        """The newest checkpoint that is whole; the others are spoken of."""
+        source, wrong = resumable(self.output)
+        if wrong:
+            self.say(f"{wrong}; going on from {source}")
+        return source
+
+    def state(self, source: Path | None, splits: dict[str, Split], unreadable: dict[str, str]) -> RunState:
+        """Where the run is: at its beginning, or where ``source`` says."""
+        if source is None:
+            fingerprints = {name: split.fingerprint for name, split in splits.items()}
+            state = RunState(fingerprints=fingerprints, left_out=list(unreadable))
+        else:
+            state = self.load_state(source, splits)
+        state.train_file = str(self.root.annotation_path("train").resolve())
+        state.skipped |= unreadable
+        return state
+
+    def load_state(self, source: Path, splits: dict[str, Split]) -> RunState:
+        """The state in ``source``; ``UsageError`` when the data is no longer the run's."""
+        state = read_state(source)
         for name, split in splits.items():
             used = state.fingerprints.get(name)
             if used != split.fingerprint:
                 raise UsageError(f"{split.path}: fingerprint {split.fingerprint}, but the run to resume used {used}")
+        ended = source == self.output / "last" and state.step == 0 and state.epoch > 0
+        if ended and self.accelerator.is_main_process:  # a kill may have come after the save and before this
+            keep_epoch(self.output, state.epoch - 1, self.config.train.keep_last)
         self.say(f"resuming in epoch {state.epoch + 1} after {state.step} of its steps")
         return state
 
-    def new_model(self, split: Split, resume: bool) -> SparsifyModel:
-        if resume:
-            return SparsifyModel.from_pretrained(self.output / "last")
+    def new_model(self, split: Split) -> SparsifyModel:
         torch.manual_seed(self.config.train.seed)
         return SparsifyModel(self.config, Vocabulary.build(question.text for question in split.questions))
 
@@ -209,6 +261,7 @@ class _Experiment:
     ) -> dict[str, Any]:
         """Evaluate the best checkpoint on ``judged``, unmasked and masked, and gather what a run reports."""
         state, config = trainer.state, self.config
+        check_seal(self.output / "best")
         model = SparsifyModel.from_pretrained(self.output / "best").to(self.accelerator.device)
         found = {"unmasked": self.judge(model, splits[judged], dataset, trainer, 1.0)}
         if (keep := masked_keep(config)) < 1:
@@ -239,6 +292,7 @@ class _Experiment:
             },
             "best": {"epoch": state.best_epoch, "val_accuracy": state.best_accuracy},
             "history": state.history,
+            "selection": _selection(config, state),
             "judged": judged,
             "evaluation": {name: result.to_dict() for name, result in found.items()},
             "parameters": sum(p.numel() for p in model.parameters()),
@@ -275,6 +329,25 @@ class _Experiment:
     def say(self, text: str) -> None:
         if self.progress and self.accelerator.is_main_process:
             say(text)
+
+
+def _usable(split: Split, state: RunState) -> list[int]:
+    """The indices of the videos of ``split`` that could be read when the run began."""
+    left_out = set(state.left_out)
+    usable = [i for i, video in enumerate(split.videos) if video not in left_out]
+    if not usable:
+        reason = next(iter(state.skipped.values()))
+        raise DataError(f"{split.path}: none of the {len(state.skipped)} videos can be read ({reason})")
+    return usable
+
+
+def _selection(config: Config, state: RunState) -> dict[str, Any]:
+    """What the run skipped, as shares of what its epochs would have trained on without selection."""
+    shares = {}
+    for kind in ("questions", "videos"):
+        skipped = sum(line[f"{kind}_skipped"] for line in state.history)
+        shares[f"{kind}_skipped"] = skipped / max(1, skipped + sum(line[kind] for line in state.history))
+    return {"unit": config.select.unit, "skip": config.select.skip} | shares
 
 
 def _machine(accelerator: Accelerator) -> dict[str, Any]:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import multiprocessing
+import os
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -14,8 +16,21 @@ from torch.utils.data import DataLoader
 from sparsify.batch import Batch
 from sparsify.data.dataset import Item, VideoDataset, collate
 from sparsify.data.music_avqa import Question
+from sparsify.training.run import leave_locks
 
-__all__ = ["Loaded", "epoch_order", "load_batches", "share", "step_seed", "to_device"]
+__all__ = [
+    "Loaded",
+    "draw_seed",
+    "epoch_order",
+    "gather_skipped",
+    "load_batches",
+    "share",
+    "start_loading",
+    "step_seed",
+    "to_device",
+]
+
+T = TypeVar("T")
 
 
 class Loaded(NamedTuple):
@@ -37,14 +52,29 @@ def step_seed(seed: int, step: int, rank: int) -> int:
     return _hash("step", seed, step, rank)
 
 
+def draw_seed(seed: int, epoch: int) -> int:
+    """Seed of the draw of the samples that an epoch skips."""
+    return _hash("select", seed, epoch)
+
+
 def _hash(*parts: object) -> int:
     digest = hashlib.blake2b(" ".join(map(str, parts)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") & (2**63 - 1)
 
 
-def share(step: Sequence[int], rank: int, world: int) -> list[int]:
-    """The part of a step's videos that process ``rank`` of ``world`` computes: sizes differ by at most one."""
-    return list(step[rank::world])
+def share(videos: Sequence[T], rank: int, world: int) -> list[T]:
+    """The part of a step's, or a split's, videos that process ``rank`` of ``world`` works on: sizes differ by at most
+    one."""
+    return list(videos[rank::world])
+
+
+def gather_skipped(skipped: dict[str, str], world: int) -> dict[str, str]:
+    """The unreadable videos, with reasons, of all ``world`` processes, in one order for all."""
+    if world == 1:
+        return skipped
+    from accelerate.utils import gather_object
+
+    return {video: reason for part in gather_object([skipped]) for video, reason in part.items()}
 
 
 def load_batches(
@@ -56,24 +86,46 @@ def load_batches(
     keep: float,
     workers: int,
     pin: bool,
+    asked: frozenset[int] | None = None,
 ) -> Iterator[Loaded]:
-    """One ``Loaded`` for each list of indices in ``steps``, in order; ``keep < 1`` draws the masks of ``epoch``."""
+    """One ``Loaded`` for each list of indices in ``steps``, in order; ``keep < 1`` draws the masks of ``epoch``.
+
+    ``asked`` are the ids of the questions to ask; None asks all of the steps' videos.
+    """
     loader = DataLoader(
         dataset,
         batch_sampler=steps,  # type: ignore[arg-type]
-        collate_fn=functools.partial(_collate, epoch=epoch, run_seed=run_seed, keep=keep),
+        collate_fn=functools.partial(_collate, epoch=epoch, run_seed=run_seed, keep=keep, asked=asked),
         num_workers=workers,
+        worker_init_fn=functools.partial(start_loading, parent=os.getpid()),
         pin_memory=pin,
     )
     return iter(loader)
 
 
-def _collate(items: list[Item], *, epoch: int, run_seed: int, keep: float) -> Loaded:
+def start_loading(worker: int, parent: int) -> None:
+    """In a new loading process: let go of the locks of ``parent``, and end if that was killed already.
+
+    torch's own watch would wait forever for a parent that died before the watch began.
+    """
+    leave_locks()
+    if multiprocessing.get_start_method() == "fork" and os.getppid() != parent:
+        os._exit(1)
+
+
+def _collate(items: list[Item], *, epoch: int, run_seed: int, keep: float, asked: frozenset[int] | None) -> Loaded:
+    if asked is not None:
+        items = [_only(item, asked) for item in items]
     return Loaded(
         collate(items, epoch=epoch, run_seed=run_seed, keep=keep),
         tuple(question for item in items if item.clip is not None for question in item.questions),
         {item.video_id: item.error or "cannot be read" for item in items if item.clip is None},
     )
+
+
+def _only(item: Item, asked: frozenset[int]) -> Item:
+    kept = [i for i, question in enumerate(item.questions) if question.id in asked]
+    return item._replace(questions=tuple(item.questions[i] for i in kept), words=tuple(item.words[i] for i in kept))
 
 
 def to_device(value: Any, device: torch.device) -> Any:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from sparsify.errors import TrainingError
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -48,18 +51,23 @@ class MetricsLog:
         """One line ``{"kind": kind, "step": step, ...}``; a number is also the TensorBoard scalar ``kind/name``."""
         if self._file is None:
             return
-        self._file.write(json.dumps({"kind": kind, "step": step} | values, allow_nan=False) + "\n")
-        self._file.flush()
-        if self._board is not None:
-            for name, value in values.items():
-                if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
-                    self._board.add_scalar(f"{kind}/{name}", value, step)
+        try:
+            self._file.write(json.dumps({"kind": kind, "step": step} | values, allow_nan=False) + "\n")
+            self._file.flush()
+            if self._board is not None:
+                for name, value in values.items():
+                    if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
+                        self._board.add_scalar(f"{kind}/{name}", value, step)
+        except OSError as error:
+            raise TrainingError(
+                f"{self._file.name}: cannot be written: {error.strerror or error}; --resume goes on from last/"
+            ) from error
 
     def close(self) -> None:
-        if self._file is not None:
-            self._file.close()
-        if self._board is not None:
-            self._board.close()
+        for part in (self._file, self._board):
+            if part is not None:
+                with contextlib.suppress(OSError):  # a full disk, which the line that did not fit has spoken of
+                    part.close()
 
 
 def read_metrics(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:

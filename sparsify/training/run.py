@@ -1,8 +1,9 @@
-"""The run folder: who may write to it, and checkpoints that are there whole or not at all.
+"""The run folder: who may write to it, and where its run is.
 
 config.json  metrics.jsonl  tensorboard/  results.json
 best/        the model after the epoch with the highest validation accuracy
-last/        the newest model, optimizer.safetensors and training.json: what a resumed run needs
+last/        the newest model, optimizer.safetensors, selection.safetensors and training.json: what a resumed run needs
+epoch-*/     the same at the end of the last epochs, as many as train.keep_last says
 run.lock     while a process trains here: its number
 """
 
@@ -13,9 +14,8 @@ import dataclasses
 import fcntl
 import json
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -31,17 +31,16 @@ from sparsify.errors import CheckpointError, UsageError
 __all__ = [
     "RunState",
     "claim_run",
+    "leave_locks",
     "lock_run",
     "read_state",
-    "recover",
     "restore_optimizer",
-    "write_folder",
     "write_state",
-    "write_text",
 ]
 
-STATE_VERSION = 1
-ORPHAN_SECONDS = 10.0  # loader processes of a killed run hold its lock for up to 5 s
+STATE_VERSION = 2
+ORPHAN_SECONDS = 10.0  # decoding processes of a killed run hold its lock until they notice
+_held: list[int] = []  # file descriptors of the locks of this process
 
 
 @dataclass
@@ -51,14 +50,21 @@ class RunState:
     epoch: int = 0  # the epoch under way, 0-based
     step: int = 0  # steps taken in it
     steps: int = 0  # steps taken in all
-    loss_sum: float = 0.0  # over the questions of the epoch under way
+    loss_sum: float = 0.0  # weighted, over the questions of the epoch under way
+    weight_sum: float = 0.0  # of these questions
     questions: int = 0
+    videos: int = 0
     best_epoch: int | None = None
     best_accuracy: float = -1.0
     history: list[dict[str, Any]] = field(default_factory=list)  # one entry a finished epoch
-    seconds: dict[str, float] = field(default_factory=lambda: {"prepare": 0.0, "train": 0.0, "evaluate": 0.0})
-    skipped: dict[str, str] = field(default_factory=dict)  # training videos left out, with the reason
+    seconds: dict[str, float] = field(
+        default_factory=lambda: dict.fromkeys(("prepare", "train", "evaluate", "save"), 0.0)
+    )
+    left_out: list[str] = field(default_factory=list)  # training videos that could not be read when the run began
+    skipped: dict[str, str] = field(default_factory=dict)  # these and those that could not be read later, with reason
+    saves_failed: int = 0  # within epochs
     fingerprints: dict[str, str] = field(default_factory=dict)  # of the splits
+    train_file: str = ""  # the annotation file of the training split
     metrics_bytes: int = 0
 
 
@@ -92,8 +98,9 @@ def _read_config(path: Path) -> Config:
 
 
 def _refuse_other_config(folder: Path, config: Config, earlier: Config) -> None:
-    """How clips are loaded may change between a run and its continuation; what decides the weights may not."""
-    same = earlier.replace(**{"train.workers": config.train.workers})
+    """How clips are loaded and what is saved may change in a continued run; what decides the weights may not."""
+    free = ("workers", "save_seconds", "keep_last")
+    same = earlier.replace(**{f"train.{key}": getattr(config.train, key) for key in free})
     if same == config:
         return
     old, new = _flat(same.to_dict()), _flat(config.to_dict())
@@ -127,12 +134,24 @@ def lock_run(folder: Path) -> Iterator[None]:
     try:
         os.truncate(lock, 0)
         os.pwrite(lock, f"{os.getpid()}\n".encode(), 0)
+        _held.append(lock)
         yield
     finally:
+        if lock in _held:
+            _held.remove(lock)
         path.unlink(missing_ok=True)
         os.close(lock)
         with contextlib.suppress(OSError):
             folder.rmdir()
+
+
+def leave_locks() -> None:
+    """In a forked loading process: let go of the locks that came with the fork.
+
+    It lives for seconds after its parent was killed, and would keep the run from being resumed.
+    """
+    while _held:
+        os.close(_held.pop())
 
 
 def _try_lock(path: Path) -> int | None:
@@ -163,53 +182,6 @@ def _alive(pid: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def write_text(path: Path, text: str) -> None:
-    """``path`` holds ``text`` whole, or what it held before."""
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def write_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """``target`` becomes what ``write`` fills; after a kill at any moment ``recover`` finds the old or the new one."""
-    partial, old = _partial(target), _old(target)
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir(parents=True)
-        write(partial)
-        recover(target)
-        if target.exists():
-            os.rename(target, old)
-        os.rename(partial, target)
-    except OSError as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        recover(target)
-        raise CheckpointError(f"{target}: cannot be written: {error.strerror or error}") from error
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def recover(target: Path) -> bool:
-    """Whether ``target`` is there, after a ``write_folder`` that was killed between its two renames, too."""
-    old = _old(target)
-    if old.exists():
-        if target.exists():
-            shutil.rmtree(old)
-        else:
-            os.rename(old, target)
-    return target.exists()
-
-
-def _partial(target: Path) -> Path:
-    return target.with_name(f".{target.name}.partial")
-
-
-def _old(target: Path) -> Path:
-    return target.with_name(f".{target.name}.old")
 
 
 def write_state(folder: Path, state: RunState, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:

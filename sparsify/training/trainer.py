@@ -7,11 +7,11 @@ CPU.
 
 from __future__ import annotations
 
-import contextlib
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -23,14 +23,16 @@ from torch.nn import functional as F
 from sparsify.config import Config
 from sparsify.data.dataset import VideoDataset
 from sparsify.data.music_avqa import Split
-from sparsify.errors import TrainingError
+from sparsify.errors import CheckpointError, TrainingError
 from sparsify.progress import Advance, format_seconds, progress_bar, say
 from sparsify.report.scores import Floor
+from sparsify.training.checkpoints import keep_epoch, kept, write_folder
 from sparsify.training.evaluate import EvalResult, evaluate_dataset, masked_keep
-from sparsify.training.loading import Loaded, epoch_order, load_batches, share, step_seed, to_device
+from sparsify.training.loading import Loaded, epoch_order, gather_skipped, load_batches, share, step_seed, to_device
 from sparsify.training.metrics import MetricsLog
 from sparsify.training.optim import Precision, build_optimizer, lr_factor, set_learning_rates
-from sparsify.training.run import RunState, restore_optimizer, write_folder, write_state
+from sparsify.training.run import RunState, restore_optimizer, write_state
+from sparsify.training.selection import Selection
 from sparsify.training.stopping import InterruptedRun, StopRequest
 
 if TYPE_CHECKING:
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from sparsify.model import SparsifyModel
 
 __all__ = ["Trainer", "TrainingData"]
+
+LOG_EVERY = 10  # steps
 
 
 @dataclass(frozen=True)
@@ -59,7 +63,7 @@ class _Taken(NamedTuple):
     step: int  # of the epoch
     video_id: tuple[str, ...]
     counts: tuple[int, int]  # videos, questions
-    values: Tensor  # fp32 [2]: sum of the questions' losses, gradient norm
+    values: Tensor  # fp32 [3]: weighted sum of the questions' losses, sum of the weights, gradient norm
 
 
 @dataclass
@@ -73,11 +77,9 @@ class Trainer:
     accelerator: Accelerator
     precision: Precision
     state: RunState = field(default_factory=RunState)
-    resume: bool = False
+    resume: Path | None = None  # a checkpoint to go on from
     progress: bool = True
     stop_after: int | None = None  # steps of this call
-    save_seconds: float = 900.0  # between two saves within an epoch
-    log_every: int = 10  # steps
 
     def __post_init__(self) -> None:
         train = self.config.train
@@ -85,8 +87,10 @@ class Trainer:
         self.device = self.accelerator.device
         self.model.to(self.device)
         optimizer = build_optimizer(self.model, train, self.device)
-        if self.resume:
-            restore_optimizer(self.output / "last", self.model, optimizer)
+        self.selection = Selection(self.data.train_split, self.config, self.device)
+        if self.resume is not None:
+            restore_optimizer(self.resume, self.model, optimizer)
+            self.selection.load(self.resume)
         self.net, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self.inner = optimizer  # not wrapped by Accelerate
         videos = list(self.data.train_split.videos.items())
@@ -97,6 +101,7 @@ class Trainer:
         self.window: Counter[str] = Counter()  # sums since the last line of metrics
         self.taken = 0  # steps of this call
         self.saved = self.timed = time.monotonic()
+        self.spare: Loaded | None = None  # a batch that this process could read
         self.stop = StopRequest()
         self.metrics = MetricsLog(
             self.output,
@@ -121,39 +126,47 @@ class Trainer:
     def train_epoch(self) -> None:
         """The steps that are left of the epoch under way."""
         train, state = self.config.train, self.state
+        if state.step == 0:
+            self.selection.start_epoch(state.epoch)
+        asked_about, asked = self.selection.asked()
         order = [self.data.usable[i] for i in epoch_order(len(self.data.usable), train.seed, state.epoch)]
+        order = [i for i in order if asked_about[i]]
         steps = [order[i : i + train.videos] for i in range(0, len(order), train.videos)]
         left, keep = steps[state.step :], self.config.keep_at(state.epoch)
         if not left:
             return  # resumed from a stop during the evaluation
         batches = load_batches(
             self.data.train,
-            # A process that a short step leaves without a video computes one with weight 0: all take part in a step.
+            # A process that a short step leaves without a video computes one that does not count: all take part.
             [share(step, self.rank, self.world) or step[:1] for step in left],
             epoch=state.epoch,
             run_seed=train.seed,
             keep=keep,
             workers=train.workers,
             pin=self.device.type == "cuda",
+            asked=asked,
         )
         masked = "" if keep == 1 else f", {keep:.0%} of the input"
         self.net.train()
         self.timed = time.monotonic()
         with self.bar(f"epoch {state.epoch + 1}/{train.epochs}{masked}", sum(map(len, left))) as advance:
             for step, loaded in zip(left, batches, strict=True):
-                self.take_step(loaded, len(steps), weight=1.0 if self.rank < len(step) else 0.0)
-                note = self.log() if state.step == len(steps) or state.steps % self.log_every == 0 else ""
+                self.take_step(loaded, len(steps), counts=self.rank < len(step))
+                note = self.log() if state.step == len(steps) or state.steps % LOG_EVERY == 0 else ""
                 advance(len(step), note)
                 self.between_steps()
 
-    def take_step(self, loaded: Loaded, steps: int, weight: float) -> None:
-        """Forward, backward and update for one batch of this process, in an epoch of ``steps``."""
+    def take_step(self, loaded: Loaded, steps: int, counts: bool) -> None:
+        """Forward, backward and update for one batch of this process, in an epoch of ``steps``.
+
+        The loss of the step is ``sum(w_i * l_i)`` over its questions, by the number of questions that a step has on
+        average when none is skipped. ``counts=False``: this process only keeps the others company.
+        """
         state, train = self.state, self.config.train
-        state.skipped |= loaded.skipped
-        if loaded.batch is None and self.world > 1:
-            raise TrainingError(
-                f"process {self.rank}: none of a step's videos can be read: {', '.join(loaded.skipped)}"
-            )
+        self.note_skipped(loaded.skipped)
+        if self.world > 1:  # all processes take part in every step, with an earlier batch if need be
+            counts = counts and loaded.batch is not None
+            loaded = self.spare = loaded if loaded.batch is not None else self.spare or self.any_video()
         if loaded.batch is not None:
             factor = lr_factor((state.epoch + (state.step + 0.5) / steps) / train.epochs, train.warmup)
             set_learning_rates(self.inner, factor)
@@ -167,23 +180,40 @@ class Trainer:
             losses = F.cross_entropy(
                 logits.float(), batch.label, reduction="none", label_smoothing=train.label_smoothing
             )
-            total = weight * losses.sum()
+            places = self.selection.places(loaded.questions).to(self.device, non_blocking=True)
+            weights = self.selection.weight[places] * float(counts)  # [Q]
+            total = (weights * losses).sum()
             objective = total
             if matching is not None:
-                others = F.cross_entropy(matching, batch.questions.video_index, reduction="sum")
-                objective = total + weight * train.matching * others
+                others = F.cross_entropy(matching, batch.questions.video_index, reduction="none")
+                objective = total + train.matching * (weights * others).sum()
             # Gradients are averaged over the processes.
             self.accelerator.backward(objective * (self.world / self.nominal))
             norm = self.accelerator.clip_grad_norm_(self.net.parameters(), train.clip_norm)
             self.optimizer.step()
             self.optimizer.zero_grad(set_to_none=True)
-            counts = (len(batch.video_id), len(loaded.questions)) if weight else (0, 0)
-            self.pending.append(_Taken(state.step, batch.video_id, counts, torch.stack([total.detach(), norm])))
+            if counts:
+                self.selection.record(places, losses.detach(), batch.questions)
+            done = (len(batch.video_id), len(loaded.questions)) if counts else (0, 0)
+            values = torch.stack([total.detach(), weights.sum(), norm])
+            self.pending.append(_Taken(state.step, batch.video_id, done, values))
         state.step += 1
         state.steps += 1
         self.taken += 1
         if self.device.type == "cpu":
             self.look()  # waits for nothing here
+
+    def any_video(self) -> Loaded:
+        """A batch of the first training video that can be read."""
+        train, keep = self.config.train, self.config.keep_at(self.state.epoch)
+        alone = [[i] for i in self.data.usable]
+        found = load_batches(
+            self.data.train, alone, epoch=self.state.epoch, run_seed=train.seed, keep=keep, workers=0, pin=False
+        )
+        for loaded in found:
+            if loaded.batch is not None:
+                return loaded
+        raise TrainingError(f"none of the {len(alone)} training videos can be read any more; {kept(self.output)}")
 
     def log(self) -> str:
         """Write a line about the steps since the last one, and return a note for the progress bar."""
@@ -195,7 +225,7 @@ class Trainer:
         if not seen["questions"]:
             return ""
         rates = {group["encoder"]: group["lr"] for group in self.inner.param_groups}
-        loss, keep = seen["loss"] / seen["questions"], self.config.keep_at(self.state.epoch)
+        loss, keep = seen["loss"] / seen["weight"], self.config.keep_at(self.state.epoch)
         line = {
             "epoch": self.state.epoch,
             "loss": loss,
@@ -203,7 +233,7 @@ class Trainer:
             "encoder_lr": rates.get(True, 0.0),
             "grad_norm": seen["norm"] / seen["steps"],
             "keep": keep,
-            "units": self.units(keep),
+            "units": self.config.units(keep),
             "questions_per_s": seen["questions"] / seconds,
             "videos_per_s": seen["videos"] / seconds,
             "seconds": self.state.seconds["train"],
@@ -216,37 +246,35 @@ class Trainer:
         if not self.pending:
             return
         counts = torch.tensor([taken.counts for taken in self.pending], dtype=torch.float32, device=self.device)
-        table = torch.cat([torch.stack([taken.values for taken in self.pending]), counts], dim=1)  # [steps, 4]
+        table = torch.cat([torch.stack([taken.values for taken in self.pending]), counts], dim=1)  # [steps, 5]
         table = self.accelerator.reduce(table, "sum")
-        for taken, (loss, norm, videos, questions) in zip(self.pending, table.tolist(), strict=True):
+        for taken, (loss, weight, norm, videos, questions) in zip(self.pending, table.tolist(), strict=True):
             norm /= self.world
             if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise self.diverged(taken.step, taken.video_id, f"loss {loss}, gradient norm {norm}")
             self.state.loss_sum += loss
+            self.state.weight_sum += weight
             self.state.questions += int(questions)
-            self.window.update(loss=loss, norm=norm, videos=videos, questions=questions, steps=1)
+            self.state.videos += int(videos)
+            self.window.update(loss=loss, weight=weight, norm=norm, videos=videos, questions=questions, steps=1)
         self.pending.clear()
 
     def diverged(self, step: int, video_id: tuple[str, ...], what: str) -> TrainingError:
-        kept = [str(self.output / name) for name in ("last", "best") if (self.output / name).exists()]
-        before = f"earlier checkpoints: {', '.join(kept)}" if kept else "no checkpoint was written before it"
-        videos = ", ".join(video_id)
-        return TrainingError(
-            f"training diverged in epoch {self.state.epoch + 1}, step {step + 1}: {what}; videos {videos}; {before}"
-        )
+        where = f"epoch {self.state.epoch + 1}, step {step + 1}"
+        return TrainingError(f"training diverged in {where}: {what}; videos {', '.join(video_id)}; {kept(self.output)}")
 
-    def units(self, keep: float) -> int:
-        """Mask units of one video that are encoded at ``keep``, both modalities together."""
-        clip, vision, audio = self.config.clip, self.config.vision, self.config.audio
-        images = ((clip.frames, vision.units**2), (clip.segments, audio.units**2))
-        return sum(count * max(1, math.floor(keep * units + 0.5)) for count, units in images)
+    def note_skipped(self, skipped: dict[str, str]) -> None:
+        """Videos that could not be read: said once, and left out of what is counted as trained on."""
+        for video in skipped.keys() - self.state.skipped.keys():
+            self.say(f"skipped {video}: {skipped[video]}")
+        self.state.skipped |= skipped
 
     def between_steps(self) -> None:
         """Stop or save, where asked to. Several processes agree on it, at the steps that are logged."""
-        if self.world > 1 and self.state.steps % self.log_every:
+        if self.world > 1 and self.state.steps % LOG_EVERY:
             return
         stop = self.stop.requested or (self.stop_after is not None and self.taken >= self.stop_after)
-        save = time.monotonic() - self.saved > self.save_seconds
+        save = time.monotonic() - self.saved > self.config.train.save_seconds
         if self.world > 1:
             flags = torch.tensor([stop, save], dtype=torch.float32, device=self.device)
             stop, save = (flag > 0 for flag in self.accelerator.reduce(flags, "sum").tolist())
@@ -255,7 +283,12 @@ class Trainer:
                 f"stopped in epoch {self.state.epoch + 1} after {self.state.step} steps; {self.how_to_resume()}"
             )
         if save:
-            self.save_last()
+            try:
+                self.save_last()
+            except CheckpointError as error:  # a full disk may have room again at the next one
+                self.state.saves_failed += 1
+                self.saved = time.monotonic()
+                self.say(f"{error}; training goes on")
 
     def how_to_resume(self) -> str:
         return f"saved in {self.output / 'last'}; the same command with --resume goes on from there"
@@ -263,20 +296,28 @@ class Trainer:
     def end_epoch(self) -> None:
         """Evaluate, keep the model if it is the best so far, write the epoch's line, save."""
         state = self.state
+        self.selection.synchronise(self.accelerator)
+        state.skipped = gather_skipped(state.skipped, self.world)
+        skipped = self.selection.skipped()
         result = self.validate()
         state.seconds["evaluate"] += result.seconds
         line = {
             "epoch": state.epoch,
-            "loss": state.loss_sum / max(1, state.questions),
+            "loss": state.loss_sum / max(1.0, state.weight_sum),
             "keep": self.config.keep_at(state.epoch),
             "val_loss": result.loss,
             "val_accuracy": result.accuracy,
             "val_floor": result.scores.overall.floor,
             "super_tokens": result.super_tokens,
             "questions": state.questions,
-            "videos": len(self.data.usable),
+            "questions_skipped": skipped.questions,
+            "videos": state.videos,
+            "videos_skipped": skipped.videos,
+            "videos_unreadable": len(state.skipped),
+            "saves_failed": state.saves_failed,
             "train_seconds": state.seconds["train"],
             "evaluate_seconds": state.seconds["evaluate"],
+            "save_seconds": state.seconds["save"],
         }
         if result.accuracy > state.best_accuracy:  # a tie stays with the earlier epoch
             state.best_accuracy, state.best_epoch = result.accuracy, state.epoch
@@ -287,10 +328,15 @@ class Trainer:
             f"epoch {state.epoch + 1}/{self.config.train.epochs}: loss {line['loss']:.3f}, "
             f"validation {100 * result.accuracy:.2f} % (floor {100 * (line['val_floor'] or 0):.2f} %), "
             f"{format_seconds(state.seconds['train'])} trained"
+            + (f", {skipped.videos} videos and {skipped.questions} questions skipped" if skipped.questions else "")
             + (", best so far" if state.best_epoch == state.epoch else "")
         )
-        state.epoch, state.step, state.loss_sum, state.questions = state.epoch + 1, 0, 0.0, 0
+        self.selection.end_epoch(state.epoch)
+        state.epoch, state.step = state.epoch + 1, 0
+        state.loss_sum, state.weight_sum, state.questions, state.videos = 0.0, 0.0, 0, 0
         self.save_last()
+        if self.accelerator.is_main_process:
+            keep_epoch(self.output, state.epoch - 1, self.config.train.keep_last)
 
     def validate(self) -> EvalResult:
         """The validation split, unmasked unless ``mask.eval`` says otherwise."""
@@ -323,26 +369,30 @@ class Trainer:
         """``last/`` becomes the present state, whole; losses are looked at first, so that it has never diverged."""
         if self.pending or self.window:
             self.log()
+        self.selection.synchronise(self.accelerator)
         self.state.metrics_bytes = self.metrics.length
 
         def fill(folder: Path) -> None:
             self.model.save_pretrained(folder)
             write_state(folder, self.state, self.model, self.inner)
+            self.selection.save(folder)
 
         self.write("last", fill)
         self.saved = time.monotonic()
 
     def write(self, name: str, fill: Callable[[Path], None]) -> None:
-        if self.accelerator.is_main_process:
-            write_folder(self.output / name, fill)
-        self.accelerator.wait_for_everyone()
+        started = time.monotonic()
+        try:
+            if self.accelerator.is_main_process:
+                write_folder(self.output / name, fill)
+        finally:
+            self.accelerator.wait_for_everyone()
+            seconds = time.monotonic() - started
+            self.state.seconds["save"] += seconds
+            self.timed += seconds  # not of the training
 
-    @contextlib.contextmanager
-    def bar(self, description: str, total: int) -> Iterator[Advance]:
-        with progress_bar(
-            description, total, quiet=not self.progress or not self.accelerator.is_main_process
-        ) as advance:
-            yield advance
+    def bar(self, description: str, total: int) -> AbstractContextManager[Advance]:
+        return progress_bar(description, total, quiet=not self.progress or not self.accelerator.is_main_process)
 
     def say(self, text: str) -> None:
         if self.progress and self.accelerator.is_main_process:

@@ -200,7 +200,9 @@ def test_train_options_become_a_config(
     tmp_path: Path, trained_with: dict[str, object], capsys: pytest.CaptureFixture[str]
 ) -> None:
     files = [part for name in ("train", "val", "test") for part in (f"--{name}", str(tmp_path / f"{name}.json"))]
-    shortcuts = ["--epochs", "3", "--seed", "7", "--workers", "2", "--deaf"]
+    shortcuts = ["--epochs", "3", "--seed", "7", "--workers", "2", "--skip", "0.25", "--deaf", "--filter-leaks"]
+    part = tmp_path / "part.json"
+    part.touch()
     weights = ["--vision-weights", "a/b", "--audio-weights", "c", "--text-weights", "d"]
     extra = [
         "--preset",
@@ -211,12 +213,17 @@ def test_train_options_become_a_config(
         "mask.epochs=[0,null]",
         "--cache",
         str(tmp_path),
+        "--subset",
+        str(part),
     ]
     assert main(["train", str(tmp_path), "--output", "here", *shortcuts, *weights, *files, *extra]) == 0
     changes = {
         "train.epochs": 3,
         "train.seed": 7,
         "train.workers": 2,
+        "select.skip": 0.25,
+        "select.subset": str(part),
+        "select.filter_leaks": True,
         "train.inputs": "deaf",
         "train.lr": 3e-4,
         "mask.epochs": (0, None),
@@ -229,6 +236,15 @@ def test_train_options_become_a_config(
     assert (trained_with["resume"], trained_with["cache_folder"]) == (False, tmp_path)
     assert trained_with["root"].annotation_path("val") == tmp_path / "val.json"
     assert capsys.readouterr().out == "test accuracy 75.00%, floor 50.00%; the model is in here/best\n"
+
+
+def test_of_several_processes_the_first_prints(
+    tmp_path: Path, trained_with: dict[str, object], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for rank, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", rank)
+        assert main(["train", str(tmp_path), "--output", "here"]) == 0
+        assert capsys.readouterr().out.count("\n") == lines
 
 
 def test_train_defaults(tmp_path: Path, trained_with: dict[str, object]) -> None:

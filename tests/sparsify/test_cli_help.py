@@ -24,6 +24,7 @@ COMMANDS = {
     "train": ["train"],
     "eval": ["eval"],
     "ask": ["ask"],
+    "select": ["select"],
     "info": ["info"],
 }
 HEAVY = {"torch", "numpy", "rich", "av", "timm", "transformers", "matplotlib", "accelerate", "triton"}
@@ -60,7 +61,7 @@ def test_help_fits_its_width_and_has_examples(
 
 def test_every_command_is_in_the_main_help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     text = _help([], capsys, monkeypatch)
-    for command in ("synth", "data check", "train", "eval", "ask", "info"):
+    for command in ("synth", "data check", "train", "eval", "ask", "select", "info"):
         assert command in text
     for code in ("0  done", "2  usage", "3  data", "4  media", "5  checkpoint", "130  interrupted"):
         assert code in text

@@ -26,6 +26,7 @@ class TestPresets:
     def test_paper_is_the_setting_of_the_paper(self):
         assert (PAPER.mask.keep, PAPER.mask.epochs, PAPER.mask.eval) == (0.5, (0, 3), False)
         assert (PAPER.merge.enabled, PAPER.merge.fence, PAPER.merge.capacity) == (True, 0.0, None)
+        assert (PAPER.select.skip, PAPER.select.unit, PAPER.select.until) == (0.5, "question", 0.875)
         assert PAPER.train.epochs == 15
         assert not PAPER.dense
 
@@ -138,6 +139,9 @@ RANGES = {
     "mask.schedule": [[0.5, 0]],
     "merge.fence": [-0.1],
     "merge.capacity": [0, 1.5],
+    "select.skip": [-0.1, 1],
+    "select.unit": ["frame"],
+    "select.until": [-0.1, 1.1],
     "train.precision": ["fp16"],
     "train.inputs": ["mute"],
     "train.epochs": [0],
@@ -225,6 +229,37 @@ class TestKeepAt:
     def test_the_presets(self):
         assert self.keeps(PAPER) == [0.5] * 3 + [1.0] * 12
         assert self.keeps(DEMO) == [0.5] * 6 + [1.0]
+
+
+def test_units_are_counted_over_frames_and_segments():
+    """10 frames and 6 segments of 8 x 8 units; a unit at least is kept of each."""
+    assert [PAPER.units(keep) for keep in (1.0, 0.5, 0.001)] == [16 * 64, 16 * 32, 16]
+    assert DEMO.units(0.25) == 5 * 4
+
+
+class TestSkipAt:
+    """What share of the easy samples an epoch skips."""
+
+    @pytest.mark.parametrize(
+        ("epochs", "until", "pruned"),
+        [
+            (15, 0.875, range(1, 13)),  # 13.125
+            (30, 0.875, range(1, 26)),  # 26.25
+            (16, 0.875, range(1, 14)),  # 14 exactly
+            (100, 0.29, range(1, 29)),  # 29 exactly, of which a binary fraction falls short
+            (1, 0.875, range(0)),
+            (2, 1.0, range(1, 2)),
+            (8, 0.0, range(0)),
+        ],
+    )
+    def test_all_but_the_first_and_the_last_epochs_skip(self, epochs, until, pruned):
+        config = PAPER.replace(**{"train.epochs": epochs, "select.until": until})
+        assert [epoch for epoch in range(epochs) if config.skip_at(epoch)] == list(pruned)
+        assert {config.skip_at(epoch) for epoch in pruned} <= {0.5}
+
+    def test_dense_and_skip_0_skip_nothing(self):
+        for config in (PAPER.replace(dense=True), PAPER.replace(**{"select.skip": 0}), DEMO):
+            assert [config.skip_at(epoch) for epoch in range(15)] == [0.0] * 15
 
 
 class TestJson:

@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -82,7 +80,7 @@ def test_the_run_folder_and_its_results(run: Run, tiny_config: Config, tiny_root
     assert results["steps"] == 9
     assert results["parameters"] == sum(p.numel() for p in SparsifyModel.from_pretrained(folder / "best").parameters())
     assert results["seconds"]["total"] == pytest.approx(
-        sum(results["seconds"][k] for k in ("prepare", "train", "evaluate"))
+        sum(results["seconds"][k] for k in ("prepare", "train", "evaluate", "save"))
     )
     assert results["versions"]["torch"] == torch.__version__.partition("+")[0] or "+" in results["versions"]["torch"]
     again = evaluate(SparsifyModel.from_pretrained(folder / "best"), tiny_root, "test", precision="fp32")
@@ -216,21 +214,15 @@ def test_a_signal_during_the_evaluation_saves_too(run: Run, tmp_path: Path, monk
 
 
 def test_a_save_within_the_epoch_is_a_checkpoint_to_resume(
-    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Run, tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     saved = []
     save_last = Trainer.save_last
-    monkeypatch.setattr(Trainer, "save_seconds", 0.0)
     monkeypatch.setattr(Trainer, "save_last", lambda self: (saved.append(self.state.step), save_last(self)))
-    monkeypatch.setattr(Trainer, "__init__", always_save(Trainer.__init__))
-    run()
+    run(config=tiny_config.replace(**{"train.save_seconds": 0.0}))
     assert saved == [1, 2, 3, 0] * 3
     steps = read_metrics(tmp_path / "run", "step")
     assert [line["step"] for line in steps] == list(range(1, 10))
-
-
-def always_save(init: Callable[..., None]) -> Callable[..., None]:
-    return lambda self, *args, **options: init(self, *args, **options | {"save_seconds": 0.0})
 
 
 def test_the_best_checkpoint_is_the_earliest_of_the_best_on_validation(
@@ -316,49 +308,6 @@ def test_a_dense_run_masks_nothing_and_a_split_without_test_is_judged_on_validat
     assert results["judged"] == "val"
     assert results["inputs"] == "deaf"
     assert read_metrics(tmp_path / "run", "step")[0]["keep"] == 1.0
-
-
-@pytest.mark.slow
-def test_two_processes_train_as_one(
-    run: Run, tiny_config: Config, tiny_root: DataRoot, cache_folder: Path, tmp_path: Path
-) -> None:
-    """8 videos in steps of 3 leave a last step of 2, and steps of 7 one of 1, which one process has no video for."""
-    for videos in (3, 7):
-        config = tiny_config.replace(
-            **{"text.dropout": 0.0, "fusion.dropout": 0.0, "train.videos": videos, "train.epochs": 2}
-        )
-        alone = run(f"alone{videos}", config=config)
-        output = tmp_path / f"both{videos}"
-        script = tmp_path / "script.py"
-        script.write_text(
-            "import json, sys\n"
-            "from sparsify.config import Config\n"
-            "from sparsify.data.music_avqa import DataRoot\n"
-            "from sparsify.training import train\n"
-            "config, root, output, cache = sys.argv[1:]\n"
-            "train(Config.from_dict(json.loads(config)), DataRoot(root), output, cache_folder=cache)\n"
-        )
-        done = subprocess.run(
-            [
-                sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(script),
-                json.dumps(config.to_dict()), str(tiny_root.root), str(output), str(cache_folder),
-            ],
-            env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )  # fmt: skip
-        assert done.returncode == 0, done.stderr
-        together = json.loads((output / "results.json").read_text())
-        assert together["machine"]["processes"] == 2
-        assert together["evaluation"]["unmasked"]["scored"] == 6
-        for one, two in zip(alone["history"], together["history"], strict=True):
-            assert one["questions"] == two["questions"] == 24
-            assert two["loss"] == pytest.approx(one["loss"], rel=1e-4)
-        ours, theirs = (load_file(f / "last" / "model.safetensors") for f in (tmp_path / f"alone{videos}", output))
-        for name, weight in ours.items():
-            torch.testing.assert_close(theirs[name], weight, rtol=0.02, atol=2e-3, msg=name)
 
 
 def test_the_configuration_is_printed_once(run: Run, tiny_config: Config, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,8 +1,12 @@
-"""Runs that cannot start, or whose data is broken: what they say, and that they leave things as they were."""
+"""Runs that cannot start or go on, or whose data is broken: what they say, and that they leave things as they were."""
 
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import resource
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,9 +14,12 @@ from typing import Any
 import pytest
 
 from sparsify.config import Config
+from sparsify.data.dataset import VideoDataset
 from sparsify.data.music_avqa import DataRoot
-from sparsify.errors import DataError, UsageError
+from sparsify.errors import DataError, MediaError, TrainingError, UsageError
 from sparsify.training import InterruptedRun, train
+from sparsify.training.metrics import MetricsLog, read_metrics
+from sparsify.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("_silent_model")
 Run = Callable[..., dict[str, Any]]
@@ -61,3 +68,80 @@ def test_without_a_readable_training_video_the_run_says_why(run: Run, tiny_root:
         tiny_root.video_path(video).unlink()
     with pytest.raises(DataError, match=r"avqa-train\.json: none of the 8 videos can be read \(.*00000000"):
         run()
+
+
+def test_a_dead_loading_process_ends_the_run_which_goes_on_when_resumed(
+    run: Run, tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = tiny_config.replace(**{"train.workers": 1, "train.save_seconds": 0.0})
+    take_step = Trainer.take_step
+
+    def interrupted(self: Trainer, *args: Any, **options: Any) -> None:
+        take_step(self, *args, **options)
+        if self.taken == 2:
+            (worker,) = multiprocessing.active_children()
+            assert worker.pid is not None
+            os.kill(worker.pid, signal.SIGKILL)
+            worker.join()
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "take_step", interrupted)
+        with pytest.raises(TrainingError, match=r"a data loading process died .*; earlier checkpoints: .*last"):
+            run("cut", config=config)
+    run("cut", config=config, resume=True)
+    run("whole", config=config)
+    ours, theirs = (tmp_path / name / "last" / "model.safetensors" for name in ("whole", "cut"))
+    assert ours.read_bytes() == theirs.read_bytes()
+
+
+def test_another_runtime_error_is_not_taken_for_a_dead_process(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(self: Trainer, *args: Any, **options: Any) -> None:
+        raise RuntimeError("of another kind")
+
+    monkeypatch.setattr(Trainer, "take_step", fail)
+    with pytest.raises(RuntimeError, match="of another kind"):
+        run()
+
+
+def test_a_video_that_breaks_while_the_run_goes_is_said_once_and_counted(
+    run: Run, tiny_root: DataRoot, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clip = VideoDataset._clip
+
+    def read(self: VideoDataset, path: Path) -> Any:
+        if path.stem == "00000005":
+            raise MediaError(f"{path}: broken")
+        return clip(self, path)
+
+    monkeypatch.setattr(VideoDataset, "_clip", read)
+    results = run(progress=True)
+    assert capsys.readouterr().err.count("skipped 00000005: ") == 1
+    for line in results["history"]:
+        assert (line["questions"], line["videos"], line["videos_unreadable"]) == (21, 7, 1)
+
+
+def test_metrics_that_cannot_be_written_are_said(tmp_path: Path) -> None:
+    """A limit on the size of files stands in for the disk. What did not fit is in the file's buffer still."""
+    log = MetricsLog(tmp_path)
+    log.write("step", 1, {})
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30, before[1]))
+    try:
+        with pytest.raises(TrainingError, match=r"metrics\.jsonl: cannot be written: File too large; --resume goes on"):
+            log.write("step", 2, {})
+        log.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_metrics_that_a_full_disk_cut_are_whole_again_in_a_resumed_run(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path)
+    log.write("step", 1, {})
+    kept = log.length
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "st')
+    again = MetricsLog(tmp_path, keep=kept, first_step=1)
+    again.write("step", 2, {})
+    again.close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2]

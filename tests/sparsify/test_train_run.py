@@ -15,19 +15,10 @@ from torch import nn
 
 from sparsify.config import Config, TrainConfig
 from sparsify.errors import CheckpointError, UsageError
+from sparsify.training.checkpoints import recover, write_folder, write_text
 from sparsify.training.metrics import MetricsLog, read_metrics
 from sparsify.training.optim import build_optimizer
-from sparsify.training.run import (
-    RunState,
-    claim_run,
-    lock_run,
-    read_state,
-    recover,
-    restore_optimizer,
-    write_folder,
-    write_state,
-    write_text,
-)
+from sparsify.training.run import RunState, claim_run, lock_run, read_state, restore_optimizer, write_state
 
 DEMO = Config.preset("demo")
 HOLD_LOCK = """
@@ -111,8 +102,8 @@ def test_a_folder_that_holds_a_run_is_refused_unless_it_is_resumed(tmp_path: Pat
 def test_resume_takes_the_run_s_configuration_and_refuses_another(tmp_path: Path) -> None:
     write_text(tmp_path / "config.json", json.dumps(DEMO.to_dict()))
     assert claim_run(tmp_path, None, resume=True) == DEMO
-    more_workers = DEMO.replace(**{"train.workers": 3})
-    assert claim_run(tmp_path, more_workers, resume=True) == more_workers
+    more = DEMO.replace(**{"train.workers": 3, "train.save_seconds": 60, "train.keep_last": 2})
+    assert claim_run(tmp_path, more, resume=True) == more
     with pytest.raises(UsageError, match=r"the run to resume has train\.lr = 0\.001, now 0\.5 is asked for"):
         claim_run(tmp_path, DEMO.replace(**{"train.lr": 0.5}), resume=True)
 
@@ -228,8 +219,8 @@ def test_an_optimizer_of_another_model_is_refused(tmp_path: Path) -> None:
     [
         (None, "missing; this checkpoint cannot be resumed"),
         ("[", "not JSON"),
-        ('{"version": 0}', "expected a training state of version 1"),
-        ('{"version": 1, "epoch": 0}', "expected the keys best_accuracy, .* got epoch"),
+        ('{"version": 0}', "expected a training state of version 2"),
+        ('{"version": 2, "epoch": 0}', "expected the keys best_accuracy, .* got epoch"),
     ],
 )
 def test_a_strange_training_state_is_refused(tmp_path: Path, text: str | None, message: str) -> None:
