@@ -231,7 +231,7 @@ def test_a_disk_that_is_full_for_a_while_costs_a_save_and_at_the_end_of_an_epoch
     run("whole", config=config)
     arguments = [json.dumps(config.to_dict()), str(tiny_root.root), str(tmp_path / "run"), str(cache_folder), until]
     done = subprocess.run(
-        [sys.executable, "-c", LIMITED, *arguments], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", LIMITED, *arguments], capture_output=True, text=True, timeout=600, check=False
     )
     assert done.returncode == code, done.stderr
     assert "run/last: cannot be written: " in done.stderr
