@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -64,7 +64,7 @@ def step_of(trainer: Trainer) -> Loaded:
 
 
 @pytest.fixture(params=["video", "question"])
-def trainer(request: pytest.FixtureRequest, tmp_path: Path) -> Trainer:
+def trainer(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Trainer]:
     config = Config.preset("demo").replace(**{"select.skip": 0.5, "select.unit": request.param})
     torch.manual_seed(0)
     model = SparsifyModel(config, Vocabulary.build())
@@ -72,7 +72,8 @@ def trainer(request: pytest.FixtureRequest, tmp_path: Path) -> Trainer:
     data = TrainingData(nothing, split(), list(range(VIDEOS)), nothing, nothing, nothing)
     trainer = Trainer(config, model, data, tmp_path, Accelerator(cpu=True), Precision("fp32", ""), progress=False)
     trainer.selection.loss.uniform_(0, 2)
-    return trainer
+    yield trainer
+    trainer.metrics.close()
 
 
 def seconds(function: Callable[[], Any]) -> float:
