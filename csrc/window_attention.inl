@@ -29,6 +29,17 @@ class Rows {
     }
   }
 
+  // Asks for a row of each part, which the next window reads.
+  template <class T>
+  SPARSIFY_INLINE void expect(const TokenRows& from, int64_t parts, int64_t h, int64_t token) const {
+    const char* row = reinterpret_cast<const char*>(static_cast<const T*>(from.data) + token * from.token + h * from.head);
+    for (int64_t part = 0; part < parts; ++part, row += from.part * static_cast<int64_t>(sizeof(T))) {
+      for (int64_t byte = 0; byte < in_.dim * static_cast<int64_t>(sizeof(T)); byte += 64) {
+        __builtin_prefetch(row + byte, 0, 2);
+      }
+    }
+  }
+
   // Rows [count, width] to columns [dim, padded]; `from` has room for padded rows.
   void turn(A* from, const Places<A>& places, A* to) const {
     fill(from + places.count() * width_, (places.padded() - places.count()) * width_, A{0});
@@ -42,14 +53,15 @@ class Rows {
   // Divides rows by their lengths, which count as at least the smallest, times a factor; leaves the lengths in `norm`
   // [padded].
   void point(A* rows, const Places<A>& places, A factor, A* norm, A* inverse) const {
-    for (int64_t i = 0; i < places.count(); ++i) {
-      Vector<A> sum = {};
-      for (int64_t c = i * width_; c < (i + 1) * width_; c += lanes) {
-        sum += load(rows + c) * load(rows + c);
+    for (int64_t i = 0; i < places.count(); i += kTogether<A>) {  // beyond the last: what nobody reads
+      Vector<A> square[kTogether<A>] = {};
+      for (int64_t r = 0; r < smaller(kTogether<A>, places.count() - i); ++r) {
+        for (int64_t c = (i + r) * width_; c < (i + r + 1) * width_; c += lanes) {
+          square[r] += load(rows + c) * load(rows + c);
+        }
       }
-      norm[i] = everywhere_sum<A>(sum)[0];
+      together<A, Add<A>>(square, norm + i);
     }
-    fill(norm + places.count(), places.padded() - places.count(), A{0});
     for (int64_t i = 0; i < places.padded(); i += lanes) {
       const Vector<A> length = root_of<A>(load(norm + i)), smallest = Vector<A>{} + static_cast<A>(kSmallestNorm);
       store(norm + i, length);
@@ -82,10 +94,12 @@ class Forward {
   static void run(const WindowForward& args, int64_t begin, int64_t end) {
     Forward work(args);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t slab = item / args.in.heads, h = item % args.in.heads;
+      const int64_t slab = item / args.in.heads, h = item % args.in.heads, last = args.in.slab_begin(slab + 1);
       work.places_.begin_head(h);
-      for (int64_t w = args.in.slab_begin(slab); w < args.in.slab_begin(slab + 1); ++w) {
-        work.template window<T>(w, h);
+      for (int64_t w = args.in.slab_begin(slab); w < last; ++w) {
+        if (work.places_.begin_window(w, w + 1 < last ? w + 1 : w) > 0) {
+          work.template window<T>(h);
+        }
       }
     }
   }
@@ -119,11 +133,8 @@ class Forward {
   }
 
   template <class T>
-  void window(int64_t w, int64_t h) {
-    const int64_t count = places_.begin_window(w), width = rows_.width(), padded = places_.padded();
-    if (count == 0) {
-      return;
-    }
+  void window(int64_t h) {
+    const int64_t count = places_.count(), width = rows_.width(), padded = places_.padded();
     const A factor = rows_.factor(h);
     rows_.template read<T>(in_.qkv, 0, h, places_, in_.cosine ? A{1} : factor, queries_);
     rows_.template read<T>(in_.qkv, 1, h, places_, A{1}, keys_);
@@ -138,6 +149,7 @@ class Forward {
       const int64_t begin = count * t / tiles, rows = count * (t + 1) / tiles - begin;
       for (int64_t i = 0; i < rows; ++i) {
         places_.addend(begin + i, logits_ + i * padded);
+        places_.next(begin + i, [&](int64_t token) { rows_.template expect<T>(in_.qkv, 3, h, token); });
       }
       multiply<A, false>(rows, padded / lanes, in_.dim, queries_ + begin * width, width, panel_, padded, logits_, padded,
                          Finish<A>{nullptr, A{1}});
@@ -152,20 +164,27 @@ class Forward {
   // exp(logit - top) in place of the logits; the largest logit and the sum of each row.
   void probabilities(int64_t rows) {
     const int64_t padded = places_.padded();
-    for (int64_t i = 0; i < rows; ++i) {
-      A* row = logits_ + i * padded;
-      Vector<A> best = load(row), total = {};
-      for (int64_t j = lanes; j < padded; j += lanes) {
-        best = larger<A>(load(row + j), best);
+    for (int64_t i = 0; i < rows; i += kTogether<A>) {
+      const int64_t some = smaller(kTogether<A>, rows - i);
+      Vector<A> best[kTogether<A>] = {}, total[kTogether<A>] = {};
+      for (int64_t r = 0; r < some; ++r) {
+        const A* row = logits_ + (i + r) * padded;
+        best[r] = load(row);
+        for (int64_t j = lanes; j < padded; j += lanes) {
+          best[r] = larger<A>(load(row + j), best[r]);
+        }
       }
-      best = everywhere_largest<A>(best);
-      for (int64_t j = 0; j < padded; j += lanes) {
-        const Vector<A> e = exp_of<A>(load(row + j) - best);
-        store(row + j, e);
-        total += e;
+      together<A, Most<A>>(best, top_ + i);
+      for (int64_t r = 0; r < some; ++r) {
+        A* row = logits_ + (i + r) * padded;
+        const A top = top_[i + r];
+        for (int64_t j = 0; j < padded; j += lanes) {
+          const Vector<A> e = exp_of<A>(load(row + j) - top);
+          store(row + j, e);
+          total[r] += e;
+        }
       }
-      top_[i] = best[0];
-      total_[i] = everywhere_sum<A>(total)[0];
+      together<A, Add<A>>(total, total_ + i);
     }
   }
 

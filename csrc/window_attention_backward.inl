@@ -58,8 +58,8 @@ class Backward {
       places_.begin_pairs();
     }
     scale_sum_ = 0;
-    for (int64_t w = in_.slab_begin(slab); w < in_.slab_begin(slab + 1); ++w) {
-      if (places_.begin_window(w) > 0) {
+    for (int64_t w = in_.slab_begin(slab), last = in_.slab_begin(slab + 1); w < last; ++w) {
+      if (places_.begin_window(w, w + 1 < last ? w + 1 : w) > 0) {
         window<T>(h);
       }
     }
@@ -114,7 +114,7 @@ class Backward {
   void tile(int64_t begin, int64_t rows, int64_t h) {
     const int64_t count = places_.count(), width = rows_.width(), padded = places_.padded();
     const Finish<A> add{nullptr, A{1}};
-    gradients_of_logits(begin, rows, h);
+    gradients_of_logits<T>(begin, rows, h);
     if (args_.dqkv != nullptr) {
       multiply<A, true>(count, width / lanes, rows, weights_, padded, grad_rows_ + begin * width, width, grad_values_,
                         width, add);
@@ -141,32 +141,52 @@ class Backward {
   }
 
   // weights_ = the probabilities, grads_ = the gradient of the logits; zeros beyond the last token.
+  template <class T>
   void gradients_of_logits(int64_t begin, int64_t rows, int64_t h) {
     const int64_t padded = places_.padded(), width = rows_.width();
     const Finish<A> add{nullptr, A{1}};
     for (int64_t i = 0; i < rows; ++i) {
       places_.addend(begin + i, weights_ + i * padded);
+      places_.next(begin + i, [&](int64_t token) {
+        rows_.template expect<T>(in_.qkv, 3, h, token);
+        rows_.template expect<T>(args_.grad, 1, h, token);
+      });
     }
     multiply<A, false>(rows, padded / lanes, in_.dim, queries_ + begin * width, width, key_panel_, padded, weights_,
                        padded, add);
     fill(grads_, rows * padded, A{0});
     multiply<A, false>(rows, padded / lanes, in_.dim, grad_rows_ + begin * width, width, value_panel_, padded, grads_,
                        padded, add);
-    for (int64_t i = 0; i < rows; ++i) {
-      A *weight = weights_ + i * padded, *grad = grads_ + i * padded;
-      const A top = static_cast<const A*>(args_.lse)[places_.token(begin + i) * in_.heads + h];
-      Vector<A> total = {}, mean = {};
+    for (int64_t i = 0; i < rows; i += kTogether<A>) {
+      probabilities(begin, i, smaller(kTogether<A>, rows - i), h);
+    }
+  }
+
+  // The same for a few rows from row i of the tile on, from their logits and the gradients of their probabilities.
+  void probabilities(int64_t begin, int64_t i, int64_t rows, int64_t h) {
+    const int64_t padded = places_.padded();
+    Vector<A> total[kTogether<A>] = {}, mean[kTogether<A>] = {};
+    A sum[kTogether<A>], middle[kTogether<A>];
+    for (int64_t r = 0; r < rows; ++r) {
+      A* weight = weights_ + (i + r) * padded;
+      const A* grad = grads_ + (i + r) * padded;
+      const A top = static_cast<const A*>(args_.lse)[places_.token(begin + i + r) * in_.heads + h];
       for (int64_t j = 0; j < padded; j += lanes) {
         const Vector<A> e = exp_of<A>(load(weight + j) - top);
         store(weight + j, e);
-        total += e;
-        mean += e * load(grad + j);
+        total[r] += e;
+        mean[r] += e * load(grad + j);
       }
-      const A inverse = 1 / everywhere_sum<A>(total)[0], middle = everywhere_sum<A>(mean)[0] * inverse;
+    }
+    together<A, Add<A>>(total, sum);
+    together<A, Add<A>>(mean, middle);
+    for (int64_t r = 0; r < rows; ++r) {
+      A *weight = weights_ + (i + r) * padded, *grad = grads_ + (i + r) * padded;
+      const A inverse = 1 / sum[r], along = middle[r] * inverse;
       for (int64_t j = 0; j < padded; j += lanes) {
         const Vector<A> p = load(weight + j) * inverse;
         store(weight + j, p);
-        store(grad + j, p * (load(grad + j) - middle));
+        store(grad + j, p * (load(grad + j) - along));
       }
       if (places_.count() == 1) {  // exactly: rounding would be all there is
         weight[0] = A{1};
@@ -180,7 +200,7 @@ class Backward {
     for (int64_t c = 0; c < rows_.width(); c += lanes) {
       sum += load(one + c) * load(other + c);
     }
-    return everywhere_sum<A>(sum)[0];
+    return everywhere<A, Add<A>>(sum)[0];
   }
 
   // Token i's gradient of q or k from that of what the products took.

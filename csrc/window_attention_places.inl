@@ -42,8 +42,10 @@ class Places {
     }
   }
 
-  // Returns how many tokens the window has.
-  int64_t begin_window(int64_t w) {
+  // Returns how many tokens window w has; the one after it is `next`.
+  int64_t begin_window(int64_t w, int64_t next) {
+    next_ = next == w ? nullptr : in_.member + in_.start[next];
+    next_count_ = in_.start[next + 1] - in_.start[next];
     first_ = in_.start[w];
     count_ = in_.start[w + 1] - first_;
     padded_ = rounded_up(count_, lanes);
@@ -69,6 +71,14 @@ class Places {
   }
   int64_t token(int64_t i) const {
     return in_.member[first_ + i];
+  }
+
+  // Calls ask(token) for the tokens of the next window that are to be asked for while token i is worked on.
+  template <class Ask>
+  SPARSIFY_INLINE void next(int64_t i, const Ask& ask) const {
+    for (int64_t j = next_count_ * i / count_; next_ != nullptr && j < next_count_ * (i + 1) / count_; ++j) {
+      ask(next_[j]);
+    }
   }
 
   // What is added to the logits of token i: bias and penalty; -inf beyond the last token.
@@ -185,17 +195,19 @@ class Places {
   void gather(int64_t i, A* to) const {
 #if SPARSIFY_VECTOR_BYTES == 64
     if constexpr (kPermutes<A>) {
-      const A* row = table_ + at_[i] * kDensePlaces;
-      const __m512 a = load(row), b = load(row + 16), c = load(row + 32), d = load(row + 48);
-      for (int64_t j = 0; j < padded_; j += lanes) {
-        const __m512i at = _mm512_load_si512(at_ + j);
-        if (dense_) {
+      if (dense_) {
+        const A* row = table_ + at_[i] * kDensePlaces;
+        const __m512 a = load(row), b = load(row + 16), c = load(row + 32), d = load(row + 48);
+        for (int64_t j = 0; j < padded_; j += lanes) {
+          const __m512i at = _mm512_load_si512(at_ + j);
           const __m512 low = _mm512_permutex2var_ps(a, at, b), high = _mm512_permutex2var_ps(c, at, d);
           store<A>(to + j, _mm512_mask_blend_ps(_mm512_test_epi32_mask(at, _mm512_set1_epi32(32)), low, high));
-        } else {
-          const __m512i away = _mm512_sub_epi32(_mm512_set1_epi32(at_[i]), at);
-          store<A>(to + j, _mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xffff, away, bias_, 4));
         }
+        return;
+      }
+      for (int64_t j = 0; j < padded_; j += lanes) {
+        const __m512i away = _mm512_sub_epi32(_mm512_set1_epi32(at_[i]), _mm512_load_si512(at_ + j));
+        store<A>(to + j, _mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xffff, away, bias_, 4));
       }
       return;
     }
@@ -229,6 +241,7 @@ class Places {
   Integer *at_, *part_, *slot_;  // of each token its place and region; of each place its token, or -1
   int64_t* seen_;
   const A* bias_ = nullptr;  // of difference 0
-  int64_t first_ = 0, count_ = 0, padded_ = 0, parts_ = 0;
+  const int64_t* next_ = nullptr;  // the tokens of the next window
+  int64_t first_ = 0, count_ = 0, padded_ = 0, parts_ = 0, next_count_ = 0;
   bool all_ = false;  // token i at place i, none missing
 };
