@@ -32,11 +32,17 @@ class Rows {
   // Asks for a row of each part, which the next window reads.
   template <class T>
   SPARSIFY_INLINE void expect(const TokenRows& from, int64_t parts, int64_t h, int64_t token) const {
-    const char* row = reinterpret_cast<const char*>(static_cast<const T*>(from.data) + token * from.token + h * from.head);
-    for (int64_t part = 0; part < parts; ++part, row += from.part * static_cast<int64_t>(sizeof(T))) {
-      for (int64_t byte = 0; byte < in_.dim * static_cast<int64_t>(sizeof(T)); byte += 64) {
-        __builtin_prefetch(row + byte, 0, 2);
-      }
+    const T* row = static_cast<const T*>(from.data) + token * from.token + h * from.head;
+    for (int64_t part = 0; part < parts; ++part, row += from.part) {
+      expect(row);
+    }
+  }
+
+  // Asks for a row of a head, to be read or written.
+  template <class T>
+  SPARSIFY_INLINE void expect(const T* row) const {
+    for (int64_t byte = 0; byte < in_.dim * static_cast<int64_t>(sizeof(T)); byte += 64) {
+      __builtin_prefetch(reinterpret_cast<const char*>(row) + byte, 0, 2);
     }
   }
 
@@ -150,6 +156,7 @@ class Forward {
       for (int64_t i = 0; i < rows; ++i) {
         places_.addend(begin + i, logits_ + i * padded);
         places_.next(begin + i, [&](int64_t token) { rows_.template expect<T>(in_.qkv, 3, h, token); });
+        rows_.expect(static_cast<const T*>(args_.output) + (places_.token(begin + i) * in_.heads + h) * in_.dim);
       }
       multiply<A, false>(rows, padded / lanes, in_.dim, queries_ + begin * width, width, panel_, padded, logits_, padded,
                          Finish<A>{nullptr, A{1}});

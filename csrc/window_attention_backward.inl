@@ -88,8 +88,7 @@ class Backward {
     }
     for (int64_t i = 0; i < count && args_.dqkv != nullptr; ++i) {
       write<T>(1, i, h, grad_keys_ + i * width, keys_ + i * width, key_norm_, key_inverse_);
-      T* dv = static_cast<T*>(args_.dqkv) + ((places_.token(i) * 3 + 2) * in_.heads + h) * in_.dim;
-      write_row(grad_values_ + i * width, in_.dim, A{1}, dv);
+      write_row(grad_values_ + i * width, in_.dim, A{1}, gradient<T>(2, i, h));
     }
   }
 
@@ -151,6 +150,9 @@ class Backward {
         rows_.template expect<T>(in_.qkv, 3, h, token);
         rows_.template expect<T>(args_.grad, 1, h, token);
       });
+      for (int64_t part = 0; part < 3 && args_.dqkv != nullptr; ++part) {
+        rows_.expect(gradient<T>(part, begin + i, h));
+      }
     }
     multiply<A, false>(rows, padded / lanes, in_.dim, queries_ + begin * width, width, key_panel_, padded, weights_,
                        padded, add);
@@ -195,6 +197,12 @@ class Backward {
     }
   }
 
+  // Where the gradient of a part of token i goes.
+  template <class T>
+  T* gradient(int64_t part, int64_t i, int64_t h) const {
+    return static_cast<T*>(args_.dqkv) + ((places_.token(i) * 3 + part) * in_.heads + h) * in_.dim;
+  }
+
   A dot(const A* one, const A* other) const {
     Vector<A> sum = {};
     for (int64_t c = 0; c < rows_.width(); c += lanes) {
@@ -206,7 +214,7 @@ class Backward {
   // Token i's gradient of q or k from that of what the products took.
   template <class T>
   void write(int64_t part, int64_t i, int64_t h, const A* grad, const A* direction, const A* norm, const A* inverse) {
-    T* to = static_cast<T*>(args_.dqkv) + ((places_.token(i) * 3 + part) * in_.heads + h) * in_.dim;
+    T* to = gradient<T>(part, i, h);
     if (!in_.cosine) {
       return write_row(grad, in_.dim, factor_, to);
     }
