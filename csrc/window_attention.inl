@@ -20,12 +20,12 @@ class Rows {
     return width_;
   }
 
-  // Rows of the window's tokens times a factor to [count, width].
+  // Rows of the window's tokens to [count, width].
   template <class T>
-  void read(const TokenRows& from, int64_t part, int64_t h, const Places<A>& places, A factor, A* to) const {
+  void read(const TokenRows& from, int64_t part, int64_t h, const Places<A>& places, A* to) const {
     const T* rows = static_cast<const T*>(from.data) + part * from.part + h * from.head;
     for (int64_t i = 0; i < places.count(); ++i) {
-      read_row<A>(rows + places.token(i) * from.token, in_.dim, factor, to + i * width_);
+      read_row<A>(rows + places.token(i) * from.token, in_.dim, to + i * width_);
     }
   }
 
@@ -56,9 +56,8 @@ class Rows {
     }
   }
 
-  // Divides rows by their lengths, which count as at least the smallest, times a factor; leaves the lengths in `norm`
-  // [padded].
-  void point(A* rows, const Places<A>& places, A factor, A* norm, A* inverse) const {
+  // Divides rows by their lengths, which count as at least the smallest, and leaves the lengths in `norm` [padded].
+  void point(A* rows, const Places<A>& places, A* norm, A* inverse) const {
     for (int64_t i = 0; i < places.count(); i += kTogether<A>) {  // beyond the last: what nobody reads
       Vector<A> square[kTogether<A>] = {};
       for (int64_t r = 0; r < smaller(kTogether<A>, places.count() - i); ++r) {
@@ -71,7 +70,7 @@ class Rows {
     for (int64_t i = 0; i < places.padded(); i += lanes) {
       const Vector<A> length = root_of<A>(load(norm + i)), smallest = Vector<A>{} + static_cast<A>(kSmallestNorm);
       store(norm + i, length);
-      store(inverse + i, factor / larger<A>(smallest, length));
+      store(inverse + i, A{1} / larger<A>(smallest, length));
     }
     for (int64_t i = 0; i < places.count(); ++i) {
       for (int64_t c = i * width_; c < (i + 1) * width_; c += lanes) {
@@ -129,57 +128,55 @@ class Forward {
         norm_(scratch_.take<A>(most_)),
         inverse_(scratch_.take<A>(most_)),
         top_(scratch_.take<A>(rounded_up(kTileRows, lanes))),
-        total_(scratch_.take<A>(rounded_up(kTileRows, lanes))) {}
+        total_(scratch_.take<A>(rounded_up(kTileRows, lanes))),
+        zeros_(scratch_.take<A>(most_ + rows_.width())) {
+    fill(zeros_, most_ + rows_.width(), A{0});
+  }
 
   // What the constructor takes, with room for rounding each piece up.
   int64_t bytes() const {
-    const int64_t rows = 4 * most_ + kTileRows;
-    const int64_t numbers = rows * rows_.width() + kTileRows * most_ + 2 * most_ + 2 * rounded_up(kTileRows, lanes);
-    return numbers * static_cast<int64_t>(sizeof(A)) + 11 * 64;
+    const int64_t rows = 4 * most_ + kTileRows + 1;
+    const int64_t numbers = rows * rows_.width() + kTileRows * most_ + 3 * most_ + 2 * rounded_up(kTileRows, lanes);
+    return numbers * static_cast<int64_t>(sizeof(A)) + 12 * 64;
   }
 
   template <class T>
   void window(int64_t h) {
     const int64_t count = places_.count(), width = rows_.width(), padded = places_.padded();
     const A factor = rows_.factor(h);
-    rows_.template read<T>(in_.qkv, 0, h, places_, in_.cosine ? A{1} : factor, queries_);
-    rows_.template read<T>(in_.qkv, 1, h, places_, A{1}, keys_);
-    rows_.template read<T>(in_.qkv, 2, h, places_, A{1}, values_);
+    const Finish<A> set{zeros_, A{1}};
+    rows_.template read<T>(in_.qkv, 0, h, places_, queries_);
+    rows_.template read<T>(in_.qkv, 1, h, places_, keys_);
+    rows_.template read<T>(in_.qkv, 2, h, places_, values_);
     if (in_.cosine) {
-      rows_.point(queries_, places_, factor, norm_, inverse_);
-      rows_.point(keys_, places_, A{1}, norm_, inverse_);
+      rows_.point(queries_, places_, norm_, inverse_);
+      rows_.point(keys_, places_, norm_, inverse_);
     }
     rows_.turn(keys_, places_, panel_);
     const int64_t tiles = (count + kTileRows - 1) / kTileRows;
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t begin = count * t / tiles, rows = count * (t + 1) / tiles - begin;
       for (int64_t i = 0; i < rows; ++i) {
-        places_.addend(begin + i, logits_ + i * padded);
         places_.next(begin + i, [&](int64_t token) { rows_.template expect<T>(in_.qkv, 3, h, token); });
         rows_.expect(static_cast<const T*>(args_.output) + (places_.token(begin + i) * in_.heads + h) * in_.dim);
       }
       multiply<A, false>(rows, padded / lanes, in_.dim, queries_ + begin * width, width, panel_, padded, logits_, padded,
-                         Finish<A>{nullptr, A{1}});
-      probabilities(rows);
-      fill(output_, rows * width, A{0});
+                         set);
+      probabilities(begin, rows, factor);
       multiply<A, false>(rows, width / lanes, count, logits_, padded, values_, width, output_, width,
-                         Finish<A>{nullptr, A{1}});
+                         set);
       write<T>(begin, rows, h);
     }
   }
 
-  // exp(logit - top) in place of the logits; the largest logit and the sum of each row.
-  void probabilities(int64_t rows) {
+  // exp(logit - top) in place of the dot products; the largest logit and the sum of each row.
+  void probabilities(int64_t begin, int64_t rows, A factor) {
     const int64_t padded = places_.padded();
     for (int64_t i = 0; i < rows; i += kTogether<A>) {
       const int64_t some = smaller(kTogether<A>, rows - i);
       Vector<A> best[kTogether<A>] = {}, total[kTogether<A>] = {};
       for (int64_t r = 0; r < some; ++r) {
-        const A* row = logits_ + (i + r) * padded;
-        best[r] = load(row);
-        for (int64_t j = lanes; j < padded; j += lanes) {
-          best[r] = larger<A>(load(row + j), best[r]);
-        }
+        best[r] = places_.logits(begin + i + r, factor, logits_ + (i + r) * padded);
       }
       together<A, Most<A>>(best, top_ + i);
       for (int64_t r = 0; r < some; ++r) {
@@ -217,5 +214,5 @@ class Forward {
   const Rows<A> rows_;
   const int64_t most_;
   Scratch scratch_;
-  A *queries_, *keys_, *panel_, *values_, *logits_, *output_, *norm_, *inverse_, *top_, *total_;
+  A *queries_, *keys_, *panel_, *values_, *logits_, *output_, *norm_, *inverse_, *top_, *total_, *zeros_;
 };

@@ -40,15 +40,18 @@ class Backward {
         weights_(scratch_.take<A>(kGradTileRows * most_)),
         grads_(scratch_.take<A>(kGradTileRows * most_)),
         row_(scratch_.take<A>(rows_.width())),
+        zeros_(scratch_.take<A>(most_ + rows_.width())),
         query_norm_(scratch_.take<A>(most_)),
         query_inverse_(scratch_.take<A>(most_)),
         key_norm_(scratch_.take<A>(most_)),
-        key_inverse_(scratch_.take<A>(most_)) {}
+        key_inverse_(scratch_.take<A>(most_)) {
+    fill(zeros_, most_ + rows_.width(), A{0});
+  }
 
   // What the constructor takes, with room for rounding each piece up.
   int64_t bytes() const {
-    const int64_t numbers = (8 * most_ + kGradTileRows + 1) * rows_.width() + 2 * kGradTileRows * most_ + 4 * most_;
-    return numbers * static_cast<int64_t>(sizeof(A)) + 17 * 64;
+    const int64_t numbers = (8 * most_ + kGradTileRows + 2) * rows_.width() + 2 * kGradTileRows * most_ + 5 * most_;
+    return numbers * static_cast<int64_t>(sizeof(A)) + 18 * 64;
   }
 
   template <class T>
@@ -94,18 +97,15 @@ class Backward {
 
   template <class T>
   void read(int64_t h) {
-    rows_.template read<T>(in_.qkv, 0, h, places_, A{1}, queries_);
-    rows_.template read<T>(in_.qkv, 1, h, places_, A{1}, keys_);
-    rows_.template read<T>(in_.qkv, 2, h, places_, A{1}, values_);
-    rows_.template read<T>(args_.grad, 0, h, places_, A{1}, grad_rows_);
+    rows_.template read<T>(in_.qkv, 0, h, places_, queries_);
+    rows_.template read<T>(in_.qkv, 1, h, places_, keys_);
+    rows_.template read<T>(in_.qkv, 2, h, places_, values_);
+    rows_.template read<T>(args_.grad, 0, h, places_, grad_rows_);
     if (in_.cosine) {
-      rows_.point(queries_, places_, A{1}, query_norm_, query_inverse_);
-      rows_.point(keys_, places_, A{1}, key_norm_, key_inverse_);
+      rows_.point(queries_, places_, query_norm_, query_inverse_);
+      rows_.point(keys_, places_, key_norm_, key_inverse_);
     }
     rows_.turn(keys_, places_, key_panel_);
-    for (int64_t j = 0; j < in_.dim * places_.padded(); j += lanes) {
-      store(key_panel_ + j, load(key_panel_ + j) * factor_);
-    }
     rows_.turn(values_, places_, value_panel_);
   }
 
@@ -126,8 +126,8 @@ class Backward {
     if (!products_) {
       return;
     }
-    fill(grad_queries_, rows * width, A{0});
-    multiply<A, false>(rows, width / lanes, count, grads_, padded, keys_, width, grad_queries_, width, add);
+    multiply<A, false>(rows, width / lanes, count, grads_, padded, keys_, width, grad_queries_, width,
+                       Finish<A>{zeros_, A{1}});
     for (int64_t i = 0; i < rows; ++i) {
       const A *grad = grad_queries_ + i * width, *query = queries_ + (begin + i) * width;
       if (args_.dscale != nullptr) {
@@ -143,9 +143,8 @@ class Backward {
   template <class T>
   void gradients_of_logits(int64_t begin, int64_t rows, int64_t h) {
     const int64_t padded = places_.padded(), width = rows_.width();
-    const Finish<A> add{nullptr, A{1}};
+    const Finish<A> set{zeros_, A{1}};
     for (int64_t i = 0; i < rows; ++i) {
-      places_.addend(begin + i, weights_ + i * padded);
       places_.next(begin + i, [&](int64_t token) {
         rows_.template expect<T>(in_.qkv, 3, h, token);
         rows_.template expect<T>(args_.grad, 1, h, token);
@@ -155,10 +154,9 @@ class Backward {
       }
     }
     multiply<A, false>(rows, padded / lanes, in_.dim, queries_ + begin * width, width, key_panel_, padded, weights_,
-                       padded, add);
-    fill(grads_, rows * padded, A{0});
+                       padded, set);
     multiply<A, false>(rows, padded / lanes, in_.dim, grad_rows_ + begin * width, width, value_panel_, padded, grads_,
-                       padded, add);
+                       padded, set);
     for (int64_t i = 0; i < rows; i += kTogether<A>) {
       probabilities(begin, i, smaller(kTogether<A>, rows - i), h);
     }
@@ -173,6 +171,7 @@ class Backward {
       A* weight = weights_ + (i + r) * padded;
       const A* grad = grads_ + (i + r) * padded;
       const A top = static_cast<const A*>(args_.lse)[places_.token(begin + i + r) * in_.heads + h];
+      places_.logits(begin + i + r, factor_, weight);
       for (int64_t j = 0; j < padded; j += lanes) {
         const Vector<A> e = exp_of<A>(load(weight + j) - top);
         store(weight + j, e);
@@ -233,7 +232,7 @@ class Backward {
   const bool products_;
   Scratch scratch_;
   A *queries_, *keys_, *key_panel_, *values_, *value_panel_, *grad_rows_, *grad_keys_, *grad_values_, *grad_queries_;
-  A *weights_, *grads_, *row_, *query_norm_, *query_inverse_, *key_norm_, *key_inverse_;
+  A *weights_, *grads_, *row_, *zeros_, *query_norm_, *query_inverse_, *key_norm_, *key_inverse_;
   A factor_ = 1;
   double scale_sum_ = 0;
 };

@@ -52,18 +52,18 @@ SPARSIFY_INLINE void store_as(T* to, Vector<A> value) {
   }
 }
 
-// `count` values by a factor, zeros up to the next whole vector.
+// `count` values, zeros up to the next whole vector.
 template <class A, class T>
-SPARSIFY_INLINE void read_row(const T* from, int64_t count, A factor, A* to) {
+SPARSIFY_INLINE void read_row(const T* from, int64_t count, A* to) {
   constexpr int width = Lanes<A>::width;
   int64_t i = 0;
   for (; i + width <= count; i += width) {
-    store(to + i, load_as<A>(from + i) * factor);
+    store(to + i, load_as<A>(from + i));
   }
   if (i < count) {
     store(to + i, Vector<A>{});
     for (; i < count; ++i) {
-      to[i] = widen(from[i]) * factor;
+      to[i] = widen(from[i]);
     }
   }
 }
