@@ -20,12 +20,29 @@ class Rows {
     return width_;
   }
 
-  // Rows of the window's tokens times a factor to [count, width].
+  // Rows of the window's tokens to [count, width].
   template <class T>
-  void read(const TokenRows& from, int64_t part, int64_t h, const Places<A>& places, A factor, A* to) const {
+  void read(const TokenRows& from, int64_t part, int64_t h, const Places<A>& places, A* to) const {
     const T* rows = static_cast<const T*>(from.data) + part * from.part + h * from.head;
     for (int64_t i = 0; i < places.count(); ++i) {
-      read_row<A>(rows + places.token(i) * from.token, in_.dim, factor, to + i * width_);
+      read_row<A>(rows + places.token(i) * from.token, in_.dim, to + i * width_);
+    }
+  }
+
+  // Asks for a row of each part, which the next window reads.
+  template <class T>
+  SPARSIFY_INLINE void expect(const TokenRows& from, int64_t parts, int64_t h, int64_t token) const {
+    const T* row = static_cast<const T*>(from.data) + token * from.token + h * from.head;
+    for (int64_t part = 0; part < parts; ++part, row += from.part) {
+      expect(row);
+    }
+  }
+
+  // Asks for a row of a head, to be read or written.
+  template <class T>
+  SPARSIFY_INLINE void expect(const T* row) const {
+    for (int64_t byte = 0; byte < in_.dim * static_cast<int64_t>(sizeof(T)); byte += 64) {
+      __builtin_prefetch(reinterpret_cast<const char*>(row) + byte, 0, 2);
     }
   }
 
@@ -39,21 +56,21 @@ class Rows {
     }
   }
 
-  // Divides rows by their lengths, which count as at least the smallest, times a factor; leaves the lengths in `norm`
-  // [padded].
-  void point(A* rows, const Places<A>& places, A factor, A* norm, A* inverse) const {
-    for (int64_t i = 0; i < places.count(); ++i) {
-      Vector<A> sum = {};
-      for (int64_t c = i * width_; c < (i + 1) * width_; c += lanes) {
-        sum += load(rows + c) * load(rows + c);
+  // Divides rows by their lengths, which count as at least the smallest, and leaves the lengths in `norm` [padded].
+  void point(A* rows, const Places<A>& places, A* norm, A* inverse) const {
+    for (int64_t i = 0; i < places.count(); i += kTogether<A>) {  // beyond the last: what nobody reads
+      Vector<A> square[kTogether<A>] = {};
+      for (int64_t r = 0; r < smaller(kTogether<A>, places.count() - i); ++r) {
+        for (int64_t c = (i + r) * width_; c < (i + r + 1) * width_; c += lanes) {
+          square[r] += load(rows + c) * load(rows + c);
+        }
       }
-      norm[i] = everywhere_sum<A>(sum)[0];
+      together<A, Add<A>>(square, norm + i);
     }
-    fill(norm + places.count(), places.padded() - places.count(), A{0});
     for (int64_t i = 0; i < places.padded(); i += lanes) {
       const Vector<A> length = root_of<A>(load(norm + i)), smallest = Vector<A>{} + static_cast<A>(kSmallestNorm);
       store(norm + i, length);
-      store(inverse + i, factor / larger<A>(smallest, length));
+      store(inverse + i, A{1} / larger<A>(smallest, length));
     }
     for (int64_t i = 0; i < places.count(); ++i) {
       for (int64_t c = i * width_; c < (i + 1) * width_; c += lanes) {
@@ -82,10 +99,12 @@ class Forward {
   static void run(const WindowForward& args, int64_t begin, int64_t end) {
     Forward work(args);
     for (int64_t item = begin; item < end; ++item) {
-      const int64_t slab = item / args.in.heads, h = item % args.in.heads;
+      const int64_t slab = item / args.in.heads, h = item % args.in.heads, last = args.in.slab_begin(slab + 1);
       work.places_.begin_head(h);
-      for (int64_t w = args.in.slab_begin(slab); w < args.in.slab_begin(slab + 1); ++w) {
-        work.template window<T>(w, h);
+      for (int64_t w = args.in.slab_begin(slab); w < last; ++w) {
+        if (work.places_.begin_window(w, w + 1 < last ? w + 1 : w) > 0) {
+          work.template window<T>(h);
+        }
       }
     }
   }
@@ -109,63 +128,67 @@ class Forward {
         norm_(scratch_.take<A>(most_)),
         inverse_(scratch_.take<A>(most_)),
         top_(scratch_.take<A>(rounded_up(kTileRows, lanes))),
-        total_(scratch_.take<A>(rounded_up(kTileRows, lanes))) {}
+        total_(scratch_.take<A>(rounded_up(kTileRows, lanes))),
+        zeros_(scratch_.take<A>(most_ + rows_.width())) {
+    fill(zeros_, most_ + rows_.width(), A{0});
+  }
 
   // What the constructor takes, with room for rounding each piece up.
   int64_t bytes() const {
-    const int64_t rows = 4 * most_ + kTileRows;
-    const int64_t numbers = rows * rows_.width() + kTileRows * most_ + 2 * most_ + 2 * rounded_up(kTileRows, lanes);
-    return numbers * static_cast<int64_t>(sizeof(A)) + 11 * 64;
+    const int64_t rows = 4 * most_ + kTileRows + 1;
+    const int64_t numbers = rows * rows_.width() + kTileRows * most_ + 3 * most_ + 2 * rounded_up(kTileRows, lanes);
+    return numbers * static_cast<int64_t>(sizeof(A)) + 12 * 64;
   }
 
   template <class T>
-  void window(int64_t w, int64_t h) {
-    const int64_t count = places_.begin_window(w), width = rows_.width(), padded = places_.padded();
-    if (count == 0) {
-      return;
-    }
+  void window(int64_t h) {
+    const int64_t count = places_.count(), width = rows_.width(), padded = places_.padded();
     const A factor = rows_.factor(h);
-    rows_.template read<T>(in_.qkv, 0, h, places_, in_.cosine ? A{1} : factor, queries_);
-    rows_.template read<T>(in_.qkv, 1, h, places_, A{1}, keys_);
-    rows_.template read<T>(in_.qkv, 2, h, places_, A{1}, values_);
+    const Finish<A> set{zeros_, A{1}};
+    rows_.template read<T>(in_.qkv, 0, h, places_, queries_);
+    rows_.template read<T>(in_.qkv, 1, h, places_, keys_);
+    rows_.template read<T>(in_.qkv, 2, h, places_, values_);
     if (in_.cosine) {
-      rows_.point(queries_, places_, factor, norm_, inverse_);
-      rows_.point(keys_, places_, A{1}, norm_, inverse_);
+      rows_.point(queries_, places_, norm_, inverse_);
+      rows_.point(keys_, places_, norm_, inverse_);
     }
     rows_.turn(keys_, places_, panel_);
     const int64_t tiles = (count + kTileRows - 1) / kTileRows;
     for (int64_t t = 0; t < tiles; ++t) {
       const int64_t begin = count * t / tiles, rows = count * (t + 1) / tiles - begin;
       for (int64_t i = 0; i < rows; ++i) {
-        places_.addend(begin + i, logits_ + i * padded);
+        places_.next(begin + i, [&](int64_t token) { rows_.template expect<T>(in_.qkv, 3, h, token); });
+        rows_.expect(static_cast<const T*>(args_.output) + (places_.token(begin + i) * in_.heads + h) * in_.dim);
       }
       multiply<A, false>(rows, padded / lanes, in_.dim, queries_ + begin * width, width, panel_, padded, logits_, padded,
-                         Finish<A>{nullptr, A{1}});
-      probabilities(rows);
-      fill(output_, rows * width, A{0});
+                         set);
+      probabilities(begin, rows, factor);
       multiply<A, false>(rows, width / lanes, count, logits_, padded, values_, width, output_, width,
-                         Finish<A>{nullptr, A{1}});
+                         set);
       write<T>(begin, rows, h);
     }
   }
 
-  // exp(logit - top) in place of the logits; the largest logit and the sum of each row.
-  void probabilities(int64_t rows) {
+  // exp(logit - top) in place of the dot products; the largest logit and the sum of each row.
+  void probabilities(int64_t begin, int64_t rows, A factor) {
     const int64_t padded = places_.padded();
-    for (int64_t i = 0; i < rows; ++i) {
-      A* row = logits_ + i * padded;
-      Vector<A> best = load(row), total = {};
-      for (int64_t j = lanes; j < padded; j += lanes) {
-        best = larger<A>(load(row + j), best);
+    for (int64_t i = 0; i < rows; i += kTogether<A>) {
+      const int64_t some = smaller(kTogether<A>, rows - i);
+      Vector<A> best[kTogether<A>] = {}, total[kTogether<A>] = {};
+      for (int64_t r = 0; r < some; ++r) {
+        best[r] = places_.logits(begin + i + r, factor, logits_ + (i + r) * padded);
       }
-      best = everywhere_largest<A>(best);
-      for (int64_t j = 0; j < padded; j += lanes) {
-        const Vector<A> e = exp_of<A>(load(row + j) - best);
-        store(row + j, e);
-        total += e;
+      together<A, Most<A>>(best, top_ + i);
+      for (int64_t r = 0; r < some; ++r) {
+        A* row = logits_ + (i + r) * padded;
+        const A top = top_[i + r];
+        for (int64_t j = 0; j < padded; j += lanes) {
+          const Vector<A> e = exp_of<A>(load(row + j) - top);
+          store(row + j, e);
+          total[r] += e;
+        }
       }
-      top_[i] = best[0];
-      total_[i] = everywhere_sum<A>(total)[0];
+      together<A, Add<A>>(total, total_ + i);
     }
   }
 
@@ -191,5 +214,5 @@ class Forward {
   const Rows<A> rows_;
   const int64_t most_;
   Scratch scratch_;
-  A *queries_, *keys_, *panel_, *values_, *logits_, *output_, *norm_, *inverse_, *top_, *total_;
+  A *queries_, *keys_, *panel_, *values_, *logits_, *output_, *norm_, *inverse_, *top_, *total_, *zeros_;
 };

@@ -40,15 +40,18 @@ class Backward {
         weights_(scratch_.take<A>(kGradTileRows * most_)),
         grads_(scratch_.take<A>(kGradTileRows * most_)),
         row_(scratch_.take<A>(rows_.width())),
+        zeros_(scratch_.take<A>(most_ + rows_.width())),
         query_norm_(scratch_.take<A>(most_)),
         query_inverse_(scratch_.take<A>(most_)),
         key_norm_(scratch_.take<A>(most_)),
-        key_inverse_(scratch_.take<A>(most_)) {}
+        key_inverse_(scratch_.take<A>(most_)) {
+    fill(zeros_, most_ + rows_.width(), A{0});
+  }
 
   // What the constructor takes, with room for rounding each piece up.
   int64_t bytes() const {
-    const int64_t numbers = (8 * most_ + kGradTileRows + 1) * rows_.width() + 2 * kGradTileRows * most_ + 4 * most_;
-    return numbers * static_cast<int64_t>(sizeof(A)) + 17 * 64;
+    const int64_t numbers = (8 * most_ + kGradTileRows + 2) * rows_.width() + 2 * kGradTileRows * most_ + 5 * most_;
+    return numbers * static_cast<int64_t>(sizeof(A)) + 18 * 64;
   }
 
   template <class T>
@@ -58,8 +61,8 @@ class Backward {
       places_.begin_pairs();
     }
     scale_sum_ = 0;
-    for (int64_t w = in_.slab_begin(slab); w < in_.slab_begin(slab + 1); ++w) {
-      if (places_.begin_window(w) > 0) {
+    for (int64_t w = in_.slab_begin(slab), last = in_.slab_begin(slab + 1); w < last; ++w) {
+      if (places_.begin_window(w, w + 1 < last ? w + 1 : w) > 0) {
         window<T>(h);
       }
     }
@@ -88,25 +91,21 @@ class Backward {
     }
     for (int64_t i = 0; i < count && args_.dqkv != nullptr; ++i) {
       write<T>(1, i, h, grad_keys_ + i * width, keys_ + i * width, key_norm_, key_inverse_);
-      T* dv = static_cast<T*>(args_.dqkv) + ((places_.token(i) * 3 + 2) * in_.heads + h) * in_.dim;
-      write_row(grad_values_ + i * width, in_.dim, A{1}, dv);
+      write_row(grad_values_ + i * width, in_.dim, A{1}, gradient<T>(2, i, h));
     }
   }
 
   template <class T>
   void read(int64_t h) {
-    rows_.template read<T>(in_.qkv, 0, h, places_, A{1}, queries_);
-    rows_.template read<T>(in_.qkv, 1, h, places_, A{1}, keys_);
-    rows_.template read<T>(in_.qkv, 2, h, places_, A{1}, values_);
-    rows_.template read<T>(args_.grad, 0, h, places_, A{1}, grad_rows_);
+    rows_.template read<T>(in_.qkv, 0, h, places_, queries_);
+    rows_.template read<T>(in_.qkv, 1, h, places_, keys_);
+    rows_.template read<T>(in_.qkv, 2, h, places_, values_);
+    rows_.template read<T>(args_.grad, 0, h, places_, grad_rows_);
     if (in_.cosine) {
-      rows_.point(queries_, places_, A{1}, query_norm_, query_inverse_);
-      rows_.point(keys_, places_, A{1}, key_norm_, key_inverse_);
+      rows_.point(queries_, places_, query_norm_, query_inverse_);
+      rows_.point(keys_, places_, key_norm_, key_inverse_);
     }
     rows_.turn(keys_, places_, key_panel_);
-    for (int64_t j = 0; j < in_.dim * places_.padded(); j += lanes) {
-      store(key_panel_ + j, load(key_panel_ + j) * factor_);
-    }
     rows_.turn(values_, places_, value_panel_);
   }
 
@@ -114,7 +113,7 @@ class Backward {
   void tile(int64_t begin, int64_t rows, int64_t h) {
     const int64_t count = places_.count(), width = rows_.width(), padded = places_.padded();
     const Finish<A> add{nullptr, A{1}};
-    gradients_of_logits(begin, rows, h);
+    gradients_of_logits<T>(begin, rows, h);
     if (args_.dqkv != nullptr) {
       multiply<A, true>(count, width / lanes, rows, weights_, padded, grad_rows_ + begin * width, width, grad_values_,
                         width, add);
@@ -127,8 +126,8 @@ class Backward {
     if (!products_) {
       return;
     }
-    fill(grad_queries_, rows * width, A{0});
-    multiply<A, false>(rows, width / lanes, count, grads_, padded, keys_, width, grad_queries_, width, add);
+    multiply<A, false>(rows, width / lanes, count, grads_, padded, keys_, width, grad_queries_, width,
+                       Finish<A>{zeros_, A{1}});
     for (int64_t i = 0; i < rows; ++i) {
       const A *grad = grad_queries_ + i * width, *query = queries_ + (begin + i) * width;
       if (args_.dscale != nullptr) {
@@ -141,32 +140,54 @@ class Backward {
   }
 
   // weights_ = the probabilities, grads_ = the gradient of the logits; zeros beyond the last token.
+  template <class T>
   void gradients_of_logits(int64_t begin, int64_t rows, int64_t h) {
     const int64_t padded = places_.padded(), width = rows_.width();
-    const Finish<A> add{nullptr, A{1}};
+    const Finish<A> set{zeros_, A{1}};
     for (int64_t i = 0; i < rows; ++i) {
-      places_.addend(begin + i, weights_ + i * padded);
+      places_.next(begin + i, [&](int64_t token) {
+        rows_.template expect<T>(in_.qkv, 3, h, token);
+        rows_.template expect<T>(args_.grad, 1, h, token);
+      });
+      for (int64_t part = 0; part < 3 && args_.dqkv != nullptr; ++part) {
+        rows_.expect(gradient<T>(part, begin + i, h));
+      }
     }
     multiply<A, false>(rows, padded / lanes, in_.dim, queries_ + begin * width, width, key_panel_, padded, weights_,
-                       padded, add);
-    fill(grads_, rows * padded, A{0});
+                       padded, set);
     multiply<A, false>(rows, padded / lanes, in_.dim, grad_rows_ + begin * width, width, value_panel_, padded, grads_,
-                       padded, add);
-    for (int64_t i = 0; i < rows; ++i) {
-      A *weight = weights_ + i * padded, *grad = grads_ + i * padded;
-      const A top = static_cast<const A*>(args_.lse)[places_.token(begin + i) * in_.heads + h];
-      Vector<A> total = {}, mean = {};
+                       padded, set);
+    for (int64_t i = 0; i < rows; i += kTogether<A>) {
+      probabilities(begin, i, smaller(kTogether<A>, rows - i), h);
+    }
+  }
+
+  // The same for a few rows from row i of the tile on, from their logits and the gradients of their probabilities.
+  void probabilities(int64_t begin, int64_t i, int64_t rows, int64_t h) {
+    const int64_t padded = places_.padded();
+    Vector<A> total[kTogether<A>] = {}, mean[kTogether<A>] = {};
+    A sum[kTogether<A>], middle[kTogether<A>];
+    for (int64_t r = 0; r < rows; ++r) {
+      A* weight = weights_ + (i + r) * padded;
+      const A* grad = grads_ + (i + r) * padded;
+      const A top = static_cast<const A*>(args_.lse)[places_.token(begin + i + r) * in_.heads + h];
+      places_.logits(begin + i + r, factor_, weight);
       for (int64_t j = 0; j < padded; j += lanes) {
         const Vector<A> e = exp_of<A>(load(weight + j) - top);
         store(weight + j, e);
-        total += e;
-        mean += e * load(grad + j);
+        total[r] += e;
+        mean[r] += e * load(grad + j);
       }
-      const A inverse = 1 / everywhere_sum<A>(total)[0], middle = everywhere_sum<A>(mean)[0] * inverse;
+    }
+    together<A, Add<A>>(total, sum);
+    together<A, Add<A>>(mean, middle);
+    for (int64_t r = 0; r < rows; ++r) {
+      A *weight = weights_ + (i + r) * padded, *grad = grads_ + (i + r) * padded;
+      const A inverse = 1 / sum[r], along = middle[r] * inverse;
       for (int64_t j = 0; j < padded; j += lanes) {
         const Vector<A> p = load(weight + j) * inverse;
         store(weight + j, p);
-        store(grad + j, p * (load(grad + j) - middle));
+        store(grad + j, p * (load(grad + j) - along));
       }
       if (places_.count() == 1) {  // exactly: rounding would be all there is
         weight[0] = A{1};
@@ -175,18 +196,24 @@ class Backward {
     }
   }
 
+  // Where the gradient of a part of token i goes.
+  template <class T>
+  T* gradient(int64_t part, int64_t i, int64_t h) const {
+    return static_cast<T*>(args_.dqkv) + ((places_.token(i) * 3 + part) * in_.heads + h) * in_.dim;
+  }
+
   A dot(const A* one, const A* other) const {
     Vector<A> sum = {};
     for (int64_t c = 0; c < rows_.width(); c += lanes) {
       sum += load(one + c) * load(other + c);
     }
-    return everywhere_sum<A>(sum)[0];
+    return everywhere<A, Add<A>>(sum)[0];
   }
 
   // Token i's gradient of q or k from that of what the products took.
   template <class T>
   void write(int64_t part, int64_t i, int64_t h, const A* grad, const A* direction, const A* norm, const A* inverse) {
-    T* to = static_cast<T*>(args_.dqkv) + ((places_.token(i) * 3 + part) * in_.heads + h) * in_.dim;
+    T* to = gradient<T>(part, i, h);
     if (!in_.cosine) {
       return write_row(grad, in_.dim, factor_, to);
     }
@@ -205,7 +232,7 @@ class Backward {
   const bool products_;
   Scratch scratch_;
   A *queries_, *keys_, *key_panel_, *values_, *value_panel_, *grad_rows_, *grad_keys_, *grad_values_, *grad_queries_;
-  A *weights_, *grads_, *row_, *query_norm_, *query_inverse_, *key_norm_, *key_inverse_;
+  A *weights_, *grads_, *row_, *zeros_, *query_norm_, *query_inverse_, *key_norm_, *key_inverse_;
   A factor_ = 1;
   double scale_sum_ = 0;
 };

@@ -42,8 +42,10 @@ class Places {
     }
   }
 
-  // Returns how many tokens the window has.
-  int64_t begin_window(int64_t w) {
+  // Returns how many tokens window w has; the one after it is `next`.
+  int64_t begin_window(int64_t w, int64_t next) {
+    next_ = next == w ? nullptr : in_.member + in_.start[next];
+    next_count_ = in_.start[next + 1] - in_.start[next];
     first_ = in_.start[w];
     count_ = in_.start[w + 1] - first_;
     padded_ = rounded_up(count_, lanes);
@@ -55,6 +57,9 @@ class Places {
     }
     for (int64_t i = count_; i < padded_; ++i) {
       at_[i] = 0;
+    }
+    for (int64_t lane = 0; lane < lanes; ++lane) {
+      beyond_[lane] = padded_ - lanes + lane < count_ ? A{0} : -static_cast<A>(__builtin_inf());
     }
     name_parts();
     return count_;
@@ -71,25 +76,25 @@ class Places {
     return in_.member[first_ + i];
   }
 
-  // What is added to the logits of token i: bias and penalty; -inf beyond the last token.
-  void addend(int64_t i, A* to) const {
-    if (all_) {
-      for (int64_t j = 0; j < padded_; j += lanes) {
-        store(to + j, load(table_ + i * kDensePlaces + j));
-      }
-    } else {
-      gather(i, to);
+  // Calls ask(token) for the tokens of the next window that are to be asked for while token i is worked on.
+  template <class Ask>
+  SPARSIFY_INLINE void next(int64_t i, const Ask& ask) const {
+    for (int64_t j = next_count_ * i / count_; next_ != nullptr && j < next_count_ * (i + 1) / count_; ++j) {
+      ask(next_[j]);
     }
+  }
+
+  // Makes logits of the dot products of token i: times the factor, plus bias and penalty, -inf beyond the last token.
+  // Returns the largest of each lane.
+  SPARSIFY_INLINE Vector<A> logits(int64_t i, A factor, A* row) const {
     if (parts_ > 1) {
-      const Vector<A> penalty = Vector<A>{} + A{kPenalty};
       const Integers own = Integers{} + part_[i];
-      for (int64_t j = 0; j < padded_; j += lanes) {
-        store(to + j, load(to + j) + (integers(part_ + j) != own ? penalty : Vector<A>{}));
-      }
+      const Vector<A> penalty = Vector<A>{} + A{kPenalty};
+      return with_bias(i, row, [&](int64_t j, Vector<A> bias) {
+        return load(row + j) * factor + (bias + (integers(part_ + j) != own ? penalty : Vector<A>{}));
+      });
     }
-    for (int64_t j = count_; j < padded_; ++j) {
-      to[j] = -static_cast<A>(__builtin_inf());
-    }
+    return with_bias(i, row, [&](int64_t j, Vector<A> bias) { return load(row + j) * factor + bias; });
   }
 
   // Called before the first window of a head whose pairs are to be added up.
@@ -182,28 +187,50 @@ class Places {
     }
   }
 
-  void gather(int64_t i, A* to) const {
+  // row[j] = logit(j, bias of tokens i and j) for every vector of tokens; returns the largest of each lane.
+  template <class Logit>
+  SPARSIFY_INLINE Vector<A> with_bias(int64_t i, A* row, const Logit& logit) const {
+    Vector<A> best = Vector<A>{} - static_cast<A>(__builtin_inf());
+    const auto keep = [&](int64_t j, Vector<A> bias) {
+      Vector<A> value = logit(j, bias);
+      value = j + lanes > count_ ? value + load(beyond_) : value;
+      best = larger<A>(value, best);
+      store(row + j, value);
+    };
+    const A* own = table_ + (dense_ ? at_[i] * kDensePlaces : 0);
+    if (all_) {
+      for (int64_t j = 0; j < padded_; j += lanes) {
+        keep(j, load(own + j));
+      }
+      return best;
+    }
 #if SPARSIFY_VECTOR_BYTES == 64
     if constexpr (kPermutes<A>) {
-      const A* row = table_ + at_[i] * kDensePlaces;
-      const __m512 a = load(row), b = load(row + 16), c = load(row + 32), d = load(row + 48);
-      for (int64_t j = 0; j < padded_; j += lanes) {
-        const __m512i at = _mm512_load_si512(at_ + j);
-        if (dense_) {
+      if (dense_) {
+        const __m512 a = load(own), b = load(own + 16), c = load(own + 32), d = load(own + 48);
+        for (int64_t j = 0; j < padded_; j += lanes) {
+          const __m512i at = _mm512_load_si512(at_ + j);
           const __m512 low = _mm512_permutex2var_ps(a, at, b), high = _mm512_permutex2var_ps(c, at, d);
-          store<A>(to + j, _mm512_mask_blend_ps(_mm512_test_epi32_mask(at, _mm512_set1_epi32(32)), low, high));
-        } else {
-          const __m512i away = _mm512_sub_epi32(_mm512_set1_epi32(at_[i]), at);
-          store<A>(to + j, _mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xffff, away, bias_, 4));
+          keep(j, _mm512_mask_blend_ps(_mm512_test_epi32_mask(at, _mm512_set1_epi32(32)), low, high));
         }
+        return best;
       }
-      return;
+      for (int64_t j = 0; j < padded_; j += lanes) {
+        const __m512i away = _mm512_sub_epi32(_mm512_set1_epi32(at_[i]), _mm512_load_si512(at_ + j));
+        keep(j, _mm512_mask_i32gather_ps(_mm512_setzero_ps(), 0xffff, away, bias_, 4));
+      }
+      return best;
     }
 #endif
     const A* from = bias_ + at_[i];
-    for (int64_t j = 0; j < count_; ++j) {
-      to[j] = from[-static_cast<int64_t>(at_[j])];
+    for (int64_t j = 0; j < padded_; j += lanes) {
+      A bias[lanes];
+      for (int64_t lane = 0; lane < lanes; ++lane) {
+        bias[lane] = from[-static_cast<int64_t>(at_[j + lane])];
+      }
+      keep(j, load(bias));
     }
+    return best;
   }
 
   // Adds `from` at the places of its tokens.
@@ -229,6 +256,8 @@ class Places {
   Integer *at_, *part_, *slot_;  // of each token its place and region; of each place its token, or -1
   int64_t* seen_;
   const A* bias_ = nullptr;  // of difference 0
-  int64_t first_ = 0, count_ = 0, padded_ = 0, parts_ = 0;
+  const int64_t* next_ = nullptr;  // the tokens of the next window
+  int64_t first_ = 0, count_ = 0, padded_ = 0, parts_ = 0, next_count_ = 0;
   bool all_ = false;  // token i at place i, none missing
+  A beyond_[lanes];   // 0 for the tokens of the last vector, -inf beyond them
 };

@@ -52,18 +52,18 @@ SPARSIFY_INLINE void store_as(T* to, Vector<A> value) {
   }
 }
 
-// `count` values by a factor, zeros up to the next whole vector.
+// `count` values, zeros up to the next whole vector.
 template <class A, class T>
-SPARSIFY_INLINE void read_row(const T* from, int64_t count, A factor, A* to) {
+SPARSIFY_INLINE void read_row(const T* from, int64_t count, A* to) {
   constexpr int width = Lanes<A>::width;
   int64_t i = 0;
   for (; i + width <= count; i += width) {
-    store(to + i, load_as<A>(from + i) * factor);
+    store(to + i, load_as<A>(from + i));
   }
   if (i < count) {
     store(to + i, Vector<A>{});
     for (; i < count; ++i) {
-      to[i] = widen(from[i]) * factor;
+      to[i] = widen(from[i]);
     }
   }
 }
@@ -94,24 +94,56 @@ SPARSIFY_INLINE Vector<A> crossed(Vector<A> v) {
   }
 }
 
-// The sum of all lanes, and the largest, in every lane.
-template <class A, int kStep = Lanes<A>::width / 2>
-SPARSIFY_INLINE Vector<A> everywhere_sum(Vector<A> v) {
-  v += crossed<A, kStep>(v);
-  if constexpr (kStep > 1) {
-    return everywhere_sum<A, kStep / 2>(v);
-  } else {
+template <class A>
+struct Add {
+  static SPARSIFY_INLINE Vector<A> of(Vector<A> one, Vector<A> other) {
+    return one + other;
+  }
+};
+
+template <class A>
+struct Most {
+  static SPARSIFY_INLINE Vector<A> of(Vector<A> one, Vector<A> other) {
+    return larger<A>(one, other);
+  }
+};
+
+// All lanes in every lane.
+template <class A, class Op, int kStep = Lanes<A>::width / 2>
+SPARSIFY_INLINE Vector<A> everywhere(Vector<A> v) {
+  if constexpr (kStep == 0) {
     return v;
+  } else {
+    return everywhere<A, Op, kStep / 2>(Op::of(v, crossed<A, kStep>(v)));
   }
 }
 
-template <class A, int kStep = Lanes<A>::width / 2>
-SPARSIFY_INLINE Vector<A> everywhere_largest(Vector<A> v) {
-  v = larger<A>(v, crossed<A, kStep>(v));
-  if constexpr (kStep > 1) {
-    return everywhere_largest<A, kStep / 2>(v);
+// Halves of blocks of 2 * kStep lanes, the left one of the first vector's, the right one of the second's.
+template <class A, class Op, int kStep, int... kLane>
+SPARSIFY_INLINE Vector<A> merged(Vector<A> one, Vector<A> other) {
+  if constexpr (sizeof...(kLane) < Lanes<A>::width) {
+    return merged<A, Op, kStep, kLane..., static_cast<int>(sizeof...(kLane))>(one, other);
   } else {
-    return v;
+    exchange<A, kStep, kLane...>(one, other);
+    return Op::of(one, other);
+  }
+}
+
+// Rows whose lanes are put together at once, which takes half of the steps that one after the other does.
+template <class A>
+constexpr int64_t kTogether = Lanes<A>::width < 4 ? 2 : 4;
+
+// to[r] = all lanes of rows[r].
+template <class A, class Op>
+SPARSIFY_INLINE void together(const Vector<A>* rows, A* to) {
+  constexpr int width = Lanes<A>::width;
+  Vector<A> all = merged<A, Op, width / 2>(rows[0], rows[1]);
+  if constexpr (kTogether<A> == 4) {
+    all = merged<A, Op, width / 4>(all, merged<A, Op, width / 2>(rows[2], rows[3]));
+    all = everywhere<A, Op, width / 8>(all);
+  }
+  for (int r = 0; r < kTogether<A>; ++r) {
+    to[r] = all[kTogether<A> == 4 ? (r % 2 * 2 + r / 2) * (width / 4) : r];
   }
 }
 

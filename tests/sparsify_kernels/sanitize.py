@@ -20,7 +20,7 @@ from sparsify_kernels._build import build
 ROOT = Path(__file__).resolve().parents[2]
 TREE = ROOT / "build" / "sanitize"
 COPIED = ("csrc", "sparsify_kernels", "tests/sparsify_kernels", "tests/conftest.py", "pyproject.toml")
-OPS = ("random_mask", "attention_scores", "key_tokens", "merge_tokens")
+OPS = ("random_mask", "attention_scores", "key_tokens", "merge_tokens", "window_attention")
 
 FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g")
 RUN_TIME = {
