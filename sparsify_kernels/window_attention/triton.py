@@ -1,0 +1,171 @@
+"""window_attention in Triton: which kernels run, on what grid, in what tiles.
+
+Heads up to 128 wide in fp32, bf16 and fp16; anything else goes to the reference, fp64 too. Windows are read where
+their tokens lie: nothing is gathered first, nothing padded in memory. Two small kernels look whether the windows are a
+partition; where they are not, the kernels that follow read none of them and fill what they were to write with NaN.
+
+Deterministic: no atomics, and the order of every sum follows from the shapes and the windows.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from sparsify_kernels._checks import InvalidValue
+from sparsify_kernels._floats_triton import INTERPRETED
+from sparsify_kernels.window_attention import reference
+from sparsify_kernels.window_attention.forward_triton import attend
+from sparsify_kernels.window_attention.tiles_triton import check_windows, enter_windows
+
+__all__ = ["TARGETS", "window_attention"]
+
+WIDEST = 128  # d; beyond, the reference
+CHECK = {"BLOCK": 64, "num_warps": 1}
+
+# Products of fp32 without its last bits would not be fp32: AMD multiplies it whole, NVIDIA as three products of tf32.
+PRECISION = {"cuda": "tf32x3", "hip": "ieee"}
+
+
+class Tiles(NamedTuple):
+    """Queries and keys in a tile, warps, stages of the pipeline."""
+
+    BM: int
+    BN: int
+    num_warps: int
+    num_stages: int
+
+
+# By kernel: by width (32: up to 32, 64, 128), bytes of an element. The largest that take no more registers than there
+# are on any of the GPUs that the tests compile for.
+TILES: dict[Any, dict[tuple[int, int], Tiles]] = {
+    attend: {
+        (32, 2): Tiles(64, 64, 4, 2),
+        (64, 2): Tiles(64, 32, 4, 2),
+        (128, 2): Tiles(64, 64, 8, 2),
+        (32, 4): Tiles(32, 32, 8, 1),
+        (64, 4): Tiles(32, 32, 8, 1),
+        (128, 4): Tiles(16, 16, 8, 1),
+    },
+}
+
+
+def window_attention(
+    qkv: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    member: Tensor,
+    start: Tensor,
+    place: Tensor,
+    region: Tensor | None,
+    cosine: bool,
+) -> tuple[Tensor, Tensor]:
+    """The op on CUDA tensors (CPU tensors under the interpreter); arguments as ``reference.window_attention``."""
+    if not _served(qkv):
+        return reference.window_attention(qkv, bias, scale, member, start, place, region, cosine)
+    call = _Call(qkv, bias, scale, member, start, place, region, cosine)
+    output = qkv.new_empty((call.tokens, call.heads, call.dim))
+    lse = bias.new_empty((call.tokens, call.heads))
+    if call.tokens:
+        tiles = call.tiles(attend)
+        count = triton.cdiv(call.places, tiles["BM"])
+        numbers = (call.tokens, call.heads, call.dim, count, *call.numbers, *qkv.stride())
+        attend[(call.windows * call.heads * count,)](
+            qkv, call.bias, call.scale, *call.members, call.bad, output, lse, *numbers, **tiles
+        )
+    return output, lse
+
+
+class _Call:
+    """What the launches of one call share: sizes, checked windows, tiles."""
+
+    def __init__(
+        self,
+        qkv: Tensor,
+        bias: Tensor,
+        scale: Tensor | None,
+        member: Tensor,
+        start: Tensor,
+        place: Tensor,
+        region: Tensor | None,
+        cosine: bool,
+    ) -> None:
+        self.tokens, _, self.heads, self.dim = qkv.shape
+        self.windows, self.places = start.shape[0] - 1, reference._places(bias)
+        self.element_size, self.cosine = qkv.element_size(), cosine
+        self.bias, self.scale = bias.contiguous(), None if scale is None else scale.contiguous()
+        member, start, place = member.contiguous(), start.contiguous(), place.contiguous()
+        self.members = (member, start, place, None if region is None else region.contiguous())
+        default_scale = 1.0 if cosine else self.dim**-0.5
+        self.numbers = (default_scale, bias.shape[1] * bias.shape[2] // 2, (bias.shape[2] + 1) // 2)
+        self.cell = member.new_empty((self.windows, self.places))
+        self.bad = member.new_empty((1,), dtype=torch.int32)
+        seen = member.new_empty((self.tokens,))
+        tables = (member, start, place, seen, self.cell, self.bad)
+        enter_windows[(self.windows,)](*tables, self.tokens, self.places, **CHECK)
+        check_windows[(self.windows,)](*tables, self.tokens, self.windows, self.places, **CHECK)
+        if reference.check_values(qkv.device) and bool(self.bad):
+            raise InvalidValue(reference.complaint(bias, member, start, place))
+
+    def tiles(self, kernel: Any) -> dict[str, Any]:
+        """The launch of a kernel whose tiles are of members: no larger than a window."""
+        width = _width(self.dim)
+        tiles = TILES[kernel][width, self.element_size]
+        block = _block(self.places)
+        tiles = tiles._replace(BM=min(tiles.BM, block), BN=min(tiles.BN, block))
+        precision = "ieee" if INTERPRETED else PRECISION["hip" if torch.version.hip else "cuda"]
+        one = self.places <= tiles.BM
+        return tiles._asdict() | {"BD": _block(self.dim), "ONE": one, "COSINE": self.cosine, "PRECISION": precision}
+
+
+def _served(qkv: Tensor) -> bool:
+    """Whether there are kernels for this dtype and this width."""
+    return qkv.dtype != torch.float64 and qkv.shape[3] <= WIDEST
+
+
+def _width(dim: int) -> int:
+    """The column of ``TILES``."""
+    return max(32, _block(dim))
+
+
+def _block(size: int) -> int:
+    """What ``size`` is filled up to: matrix units take no less than 16."""
+    return max(16, triton.next_power_of_2(size))
+
+
+def _target(
+    kernel: Any, dtype: str, width: int, *, bare: bool = False, **changes: Any
+) -> tuple[Any, str, dict[str, Any], int]:
+    """How a kernel is compiled for heads ``width`` wide: ``bare`` without scale and regions, else with all there is."""
+    names = kernel.arg_names
+    tiles = TILES[kernel][width, 2 if dtype == "bf16" else 4]
+    constants = {**tiles._asdict(), "BD": width, "ONE": True, "COSINE": not bare, "qkv_d": 1, "grad_d": 1, **changes}
+    constants |= {"PRECISION": "ieee" if dtype == "bf16" else PRECISION}
+    constants |= {"p_scale": None, "p_region": None} if bare else {}
+    warps = constants.pop("num_warps")
+    constants = {n: c for n, c in constants.items() if n in names or n == "num_stages"}
+    types = dict.fromkeys(("p_qkv", "p_out", "p_grad", "p_dqkv"), f"*{dtype}:16")
+    types |= dict.fromkeys(("p_member", "p_start", "p_place", "p_region", "p_cell"), "*i64:16")
+    types |= {"p_bad": "*i32", "heads": "i32", "tiles": "i32", "default_scale": "fp32"}
+    types |= dict.fromkeys(("tokens", "windows", "places", "center", "width", "slabs", "share"), "i32")
+    rest = (types.get(n, "*fp32:16" if n.startswith("p_") else "i32:16") for n in names if n not in constants)
+    return kernel, " ".join(rest), constants, warps
+
+
+_CHECKED = "*i64 *i64 *i64 *i64 *i64 *i32 i32"
+
+# How the tests compile every kernel: types of the run-time arguments (:16 for a multiple of 16), compile-time
+# arguments, warps.
+TARGETS: list[tuple[Any, str, dict[str, Any], int]] = [
+    (enter_windows, f"{_CHECKED} i32", {"BLOCK": 64}, 1),
+    (check_windows, f"{_CHECKED} i32 i32", {"BLOCK": 64}, 1),
+    *(
+        _target(kernel, "bf16" if size == 2 else "fp32", width, ONE=one)
+        for kernel, table in TILES.items()
+        for width, size in table
+        for one in (True, False)
+    ),
+]
