@@ -18,13 +18,27 @@ from torch import Tensor
 from sparsify_kernels._checks import InvalidValue
 from sparsify_kernels._floats_triton import INTERPRETED
 from sparsify_kernels.window_attention import reference
+from sparsify_kernels.window_attention.backward_triton import (
+    fold_pairs,
+    fold_parts,
+    grad_pairs,
+    grad_rows,
+    grad_window,
+    row_sums,
+)
 from sparsify_kernels.window_attention.forward_triton import attend
 from sparsify_kernels.window_attention.tiles_triton import check_windows, enter_windows
 
-__all__ = ["TARGETS", "window_attention"]
+__all__ = ["TARGETS", "window_attention", "window_attention_backward"]
 
 WIDEST = 128  # d; beyond, the reference
 CHECK = {"BLOCK": 64, "num_warps": 1}
+TILE_NAMES = ("BM", "BN", "ONE")
+PAIRS = {"PLACES": 64, "BLOCK": 16}
+PARTS = 2048  # numbers that one step of ``fold_parts`` adds
+# Programs of the kernels that sum over windows: enough to fill a large GPU. Slabs follow from it and the shapes alone,
+# so every GPU sums in the same order.
+PROGRAMS = 1024
 
 # Products of fp32 without its last bits would not be fp32: AMD multiplies it whole, NVIDIA as three products of tf32.
 PRECISION = {"cuda": "tf32x3", "hip": "ieee"}
@@ -50,7 +64,25 @@ TILES: dict[Any, dict[tuple[int, int], Tiles]] = {
         (64, 4): Tiles(32, 32, 8, 1),
         (128, 4): Tiles(16, 16, 8, 1),
     },
+    grad_window: {
+        (32, 2): Tiles(64, 64, 4, 1),
+        (64, 2): Tiles(64, 64, 8, 1),
+        (128, 2): Tiles(64, 64, 8, 1),
+        (32, 4): Tiles(32, 32, 8, 1),
+        (64, 4): Tiles(16, 16, 4, 1),
+        (128, 4): Tiles(16, 16, 4, 1),
+    },
+    grad_rows: {
+        (32, 2): Tiles(64, 64, 4, 1),
+        (64, 2): Tiles(64, 32, 4, 1),
+        (128, 2): Tiles(32, 32, 4, 1),
+        (32, 4): Tiles(32, 32, 8, 1),
+        (64, 4): Tiles(32, 32, 8, 1),
+        (128, 4): Tiles(16, 16, 8, 1),
+    },
 }
+# Those that hold less take the tiles of one that holds more.
+TILES |= {kernel: TILES[grad_rows] for kernel in (row_sums, grad_pairs)}
 
 
 def window_attention(
@@ -77,6 +109,70 @@ def window_attention(
             qkv, call.bias, call.scale, *call.members, call.bad, output, lse, *numbers, **tiles
         )
     return output, lse
+
+
+def window_attention_backward(
+    grad: Tensor,
+    qkv: Tensor,
+    bias: Tensor,
+    scale: Tensor | None,
+    member: Tensor,
+    start: Tensor,
+    place: Tensor,
+    region: Tensor | None,
+    lse: Tensor,
+    cosine: bool,
+    wanted: list[bool],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The backward on CUDA tensors (CPU tensors under the interpreter); arguments as in the reference."""
+    windows = (member, start, place, region)
+    if not _served(qkv):
+        return reference.window_attention_backward(grad, qkv, bias, scale, *windows, lse, cosine, wanted)
+    call = _Call(qkv, bias, scale, *windows, cosine)
+    dqkv = qkv.new_empty(qkv.shape if wanted[0] else (0,))
+    dbias = bias.new_empty(bias.shape if wanted[1] else (0,))
+    dscale = bias.new_empty((call.heads,) if wanted[2] else (0,))
+    if not any(wanted):
+        return dqkv, dbias, dscale
+    asked = dqkv if wanted[0] else None
+    inputs = (qkv, call.bias, call.scale, *call.members)
+    strides = (*qkv.stride(), *grad.stride())
+    lse = lse.contiguous()
+    pair = dot = None
+    if call.places <= TILES[grad_window][_width(call.dim), qkv.element_size()].BM:
+        slabs, share = call.slabs(1) if wanted[1] else (call.windows, 1)
+        pair = bias.new_empty((slabs, call.heads, call.places, call.places)) if wanted[1] else None
+        dot = bias.new_empty((slabs, call.heads)) if wanted[2] else None
+        numbers = (call.tokens, call.heads, call.dim, call.windows, call.places, share, *call.numbers, *strides)
+        tensors = (*inputs, call.cell, call.bad, grad, lse, asked, pair, dot)
+        grad_window[(slabs * call.heads,)](*tensors, *numbers, **call.tiles(grad_window))
+    else:
+        launch = call.tiles(row_sums)
+        tiles, key_tiles = triton.cdiv(call.places, launch["BM"]), triton.cdiv(call.places, launch["BN"])
+        grid = (call.windows * call.heads * tiles,)
+        inverse, sums = lse.new_empty(lse.shape), lse.new_empty(lse.shape)
+        numbers = (call.heads, call.dim, tiles, *call.numbers, *strides)
+        row_sums[grid](*inputs, call.bad, grad, lse, inverse, sums, *numbers, **launch)
+        rows = (grad, lse, inverse, sums)
+        if wanted[0] or wanted[2]:
+            dot = bias.new_empty((call.windows * tiles, call.heads)) if wanted[2] else None
+            grad_rows[grid](*inputs, call.bad, *rows, asked, dot, call.tokens, *numbers, **call.tiles(grad_rows))
+        if wanted[1]:
+            slabs, share = call.slabs(tiles * key_tiles)
+            pair = bias.new_empty((slabs, call.heads, call.places, call.places))
+            numbers = (call.heads, call.dim, tiles, key_tiles, call.windows, call.places, share, *call.numbers)
+            grid = (slabs * call.heads * tiles * key_tiles,)
+            tensors = (*inputs, call.cell, call.bad, *rows, pair)
+            grad_pairs[grid](*tensors, *numbers, *strides, **call.tiles(grad_pairs))
+    if dot is not None:
+        call.fold(dot, dscale)
+    if pair is not None:
+        total = bias.new_empty(pair.shape[1:])
+        call.fold(pair, total)
+        blocks = triton.cdiv(bias.shape[1] * bias.shape[2], PAIRS["BLOCK"])
+        _, center, width = call.numbers
+        fold_pairs[(call.heads * blocks,)](total, dbias, blocks, center, call.places, width, **PAIRS)
+    return dqkv, dbias, dscale
 
 
 class _Call:
@@ -117,8 +213,22 @@ class _Call:
         block = _block(self.places)
         tiles = tiles._replace(BM=min(tiles.BM, block), BN=min(tiles.BN, block))
         precision = "ieee" if INTERPRETED else PRECISION["hip" if torch.version.hip else "cuda"]
-        one = self.places <= tiles.BM
-        return tiles._asdict() | {"BD": _block(self.dim), "ONE": one, "COSINE": self.cosine, "PRECISION": precision}
+        launch = tiles._asdict() | {"ONE": self.places <= tiles.BM}
+        launch = {n: v for n, v in launch.items() if n not in TILE_NAMES or n in kernel.arg_names}
+        return launch | {"BD": _block(self.dim), "COSINE": self.cosine, "PRECISION": precision}
+
+    def slabs(self, tiles: int) -> tuple[int, int]:
+        """How many slabs of windows there are, and windows a slab, for a kernel with so many programs a slab and
+        head."""
+        share = triton.cdiv(self.windows, min(self.windows, triton.cdiv(PROGRAMS, self.heads * tiles)))
+        return triton.cdiv(self.windows, share), share
+
+    def fold(self, parts: Tensor, out: Tensor) -> None:
+        """``parts`` [parts, ...] added up, into ``out`` [...]."""
+        block = min(64, triton.next_power_of_2(out.numel()))
+        sizes = (parts.shape[0], out.numel())
+        grid = (triton.cdiv(out.numel(), block),)
+        fold_parts[grid](parts, self.bad, out, *sizes, PARTS=PARTS // block, BLOCK=block)
 
 
 def _served(qkv: Tensor) -> bool:
@@ -150,11 +260,12 @@ def _target(
     types = dict.fromkeys(("p_qkv", "p_out", "p_grad", "p_dqkv"), f"*{dtype}:16")
     types |= dict.fromkeys(("p_member", "p_start", "p_place", "p_region", "p_cell"), "*i64:16")
     types |= {"p_bad": "*i32", "heads": "i32", "tiles": "i32", "default_scale": "fp32"}
-    types |= dict.fromkeys(("tokens", "windows", "places", "center", "width", "slabs", "share"), "i32")
+    types |= dict.fromkeys(("key_tiles", "tokens", "windows", "places", "center", "width", "share"), "i32")
     rest = (types.get(n, "*fp32:16" if n.startswith("p_") else "i32:16") for n in names if n not in constants)
     return kernel, " ".join(rest), constants, warps
 
 
+WIDTHS = [(dtype, width) for dtype in ("bf16", "fp32") for width in (32, 64, 128)]
 _CHECKED = "*i64 *i64 *i64 *i64 *i64 *i32 i32"
 
 # How the tests compile every kernel: types of the run-time arguments (:16 for a multiple of 16), compile-time
@@ -163,9 +274,12 @@ TARGETS: list[tuple[Any, str, dict[str, Any], int]] = [
     (enter_windows, f"{_CHECKED} i32", {"BLOCK": 64}, 1),
     (check_windows, f"{_CHECKED} i32 i32", {"BLOCK": 64}, 1),
     *(
-        _target(kernel, "bf16" if size == 2 else "fp32", width, ONE=one)
-        for kernel, table in TILES.items()
-        for width, size in table
+        _target(attend, dtype, width, ONE=one)
+        for dtype, width in WIDTHS
         for one in (True, False)
     ),
+    *(_target(grad_window, dtype, width, **form) for dtype, width in WIDTHS for form in ({}, {"p_pair": None})),
+    *(_target(kernel, dtype, width) for kernel in (row_sums, grad_rows, grad_pairs) for dtype, width in WIDTHS),
+    (fold_parts, "*fp32:16 *i32 *fp32:16 i32 i32", {"PARTS": 32, "BLOCK": 64}, 4),
+    (fold_pairs, "*fp32:16 *fp32:16 i32 i32 i32 i32", PAIRS, 4),
 ]
