@@ -32,8 +32,8 @@ __all__ = ["fold_pairs", "fold_parts", "grad_pairs", "grad_rows", "grad_window",
 
 @triton.jit
 def _window_gradients(
-    p_q, p_k, p_v, p_table, p_grad, p_lse, p_dq, b_row, b_spot, b_region, m_row,
-    factor, center, heads, dim, qkv_n, qkv_d, grad_n, grad_d,
+    p_q, p_k, p_v, p_table, p_grad, p_lse, p_dq, b_row, b_spot, b_part, m_row,
+    factor, center, heads, dim: tl.constexpr, qkv_n, qkv_d, grad_n, grad_d,
     BD: tl.constexpr, WITH_QKV: tl.constexpr, REGIONS: tl.constexpr, COSINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Stores dq, dk and dv of a window that is one tile; returns gS and its sums with the dot products over the
@@ -41,7 +41,7 @@ def _window_gradients(
     b_q = load_rows(p_q, b_row, m_row, qkv_n, qkv_d, dim, BD)  # [BM, BD]
     b_k = load_rows(p_k, b_row, m_row, qkv_n, qkv_d, dim, BD)
     b_dots = dot_products(b_q, b_k, COSINE, PRECISION)  # [BM, BM]
-    b_logits = logits(b_dots, factor, p_table, center, b_spot, b_spot, b_region, b_region, m_row, REGIONS)
+    b_logits = logits(b_dots, factor, p_table, center, b_spot, b_spot, b_part, b_part, m_row, REGIONS)
     b_p = tl.exp(b_logits - tl.load(p_lse + b_row * heads, mask=m_row, other=float("inf"))[:, None])
     b_p *= (1.0 / tl.where(m_row, tl.sum(b_p, 1), 1.0))[:, None]
     b_grad = load_rows(p_grad, b_row, m_row, grad_n, grad_d, dim, BD)
@@ -63,18 +63,18 @@ def _window_gradients(
 
 @triton.jit
 def _member_gradients(
-    p_q, p_k, p_v, p_member, p_place, p_region, p_table, p_grad, p_lse, p_dq, p_dot,
-    begin, count, factor, center, width, heads, dim, qkv_n, qkv_d, grad_n, grad_d,
+    p_q, p_k, p_v, p_member, p_place, p_part, p_table, p_grad, p_lse, p_dq, p_dot,
+    begin, count, factor, center, width, heads, dim: tl.constexpr, qkv_n, qkv_d, grad_n, grad_d,
     BM: tl.constexpr, BD: tl.constexpr, WITH_QKV: tl.constexpr, COSINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """``_window_gradients`` of at most BM members, and their part of dscale."""
     o_member = tl.arange(0, BM).to(tl.int64)
     m_row = o_member < count
-    b_row, b_spot, b_region = load_members(p_member, p_place, p_region, begin + o_member, m_row, width)
+    b_row, b_spot, b_part = load_members(p_member, p_place, p_part, begin + o_member, m_row, width)
     _, b_dot = _window_gradients(
-        p_q, p_k, p_v, p_table, p_grad, p_lse, p_dq, b_row, b_spot, b_region, m_row,
+        p_q, p_k, p_v, p_table, p_grad, p_lse, p_dq, b_row, b_spot, b_part, m_row,
         factor, center, heads, dim, qkv_n, qkv_d, grad_n, grad_d,
-        BD, WITH_QKV, p_region is not None, COSINE, PRECISION,
+        BD, WITH_QKV, p_part is not None, COSINE, PRECISION,
     )  # fmt: skip
     if p_dot is not None:
         tl.store(p_dot, tl.sum(b_dot, 0))
@@ -82,15 +82,15 @@ def _member_gradients(
 
 @triton.jit
 def grad_window(
-    p_qkv, p_bias, p_scale, p_member, p_start, p_place, p_region, p_cell, p_bad, p_grad, p_lse,
-    p_dqkv, p_pair, p_dot, tokens, heads, dim, windows, places, share, default_scale, center, width,
+    p_qkv, p_bias, p_scale, p_member, p_start, p_place, p_part, p_cell, p_bad, p_grad, p_lse,
+    p_dqkv, p_pair, p_dot, tokens, heads, dim: tl.constexpr, windows, places, share, default_scale, center, width,
     qkv_n, qkv_c, qkv_h, qkv_d, grad_n, grad_h, grad_d,
     BM: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Gradients of windows of at most BM places: dqkv, those of pairs of places [slabs, H, P, P], and dscale
     [slabs, H], those asked for; program (slab * heads + h). Without pairs a slab is one window."""
     WITH_QKV: tl.constexpr = p_dqkv is not None
-    REGIONS: tl.constexpr = p_region is not None
+    REGIONS: tl.constexpr = p_part is not None
     i_slab, i_h = tl.program_id(0).to(tl.int64) // heads, tl.program_id(0).to(tl.int64) % heads
     p_q = p_qkv + i_h * qkv_h
     p_k, p_v = p_q + qkv_c, p_q + 2 * qkv_c
@@ -115,11 +115,11 @@ def grad_window(
         for i_w in range(i_slab * share, tl.minimum(i_slab * share + share, windows)):
             begin, end = tl.load(p_start + i_w), tl.load(p_start + i_w + 1)
             if begin < end:
-                b_row, b_spot, b_region, m_row = load_places(
-                    p_cell, p_member, p_place, p_region, i_w, begin, end, o_place, places, width
+                b_row, b_spot, b_part, m_row = load_places(
+                    p_cell, p_member, p_place, p_part, i_w, begin, end, o_place, places, width
                 )
                 b_ds, b_dot = _window_gradients(
-                    p_q, p_k, p_v, p_table, p_grad, p_lse, p_dq, b_row, b_spot, b_region, m_row,
+                    p_q, p_k, p_v, p_table, p_grad, p_lse, p_dq, b_row, b_spot, b_part, m_row,
                     factor, center, heads, dim, qkv_n, qkv_d, grad_n, grad_d,
                     BD, WITH_QKV, REGIONS, COSINE, PRECISION,
                 )  # fmt: skip
@@ -135,21 +135,15 @@ def grad_window(
         begin = tl.load(p_start + i_slab)
         count = tl.load(p_start + i_slab + 1) - begin
         if count > 0:
-            if BM > 16 and count <= 16:
+            if BM > 32 and count <= 32:
                 _member_gradients(
-                    p_q, p_k, p_v, p_member, p_place, p_region, p_table, p_grad, p_lse, p_dq, p_dot,
-                    begin, count, factor, center, width, heads, dim, qkv_n, qkv_d, grad_n, grad_d,
-                    16, BD, WITH_QKV, COSINE, PRECISION,
-                )  # fmt: skip
-            elif BM > 32 and count <= 32:
-                _member_gradients(
-                    p_q, p_k, p_v, p_member, p_place, p_region, p_table, p_grad, p_lse, p_dq, p_dot,
+                    p_q, p_k, p_v, p_member, p_place, p_part, p_table, p_grad, p_lse, p_dq, p_dot,
                     begin, count, factor, center, width, heads, dim, qkv_n, qkv_d, grad_n, grad_d,
                     32, BD, WITH_QKV, COSINE, PRECISION,
                 )  # fmt: skip
             else:
                 _member_gradients(
-                    p_q, p_k, p_v, p_member, p_place, p_region, p_table, p_grad, p_lse, p_dq, p_dot,
+                    p_q, p_k, p_v, p_member, p_place, p_part, p_table, p_grad, p_lse, p_dq, p_dot,
                     begin, count, factor, center, width, heads, dim, qkv_n, qkv_d, grad_n, grad_d,
                     BM, BD, WITH_QKV, COSINE, PRECISION,
                 )  # fmt: skip
@@ -159,8 +153,8 @@ def grad_window(
 
 @triton.jit
 def row_sums(
-    p_qkv, p_bias, p_scale, p_member, p_start, p_place, p_region, p_bad, p_grad, p_lse, p_inverse, p_sum,
-    heads, dim, tiles, default_scale, center, width, qkv_n, qkv_c, qkv_h, qkv_d, grad_n, grad_h, grad_d,
+    p_qkv, p_bias, p_scale, p_member, p_start, p_place, p_part, p_bad, p_grad, p_lse, p_inverse, p_sum,
+    heads, dim: tl.constexpr, tiles, default_scale, center, width, qkv_n, qkv_c, qkv_h, qkv_d, grad_n, grad_h, grad_d,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """1 / sum_j P and sum_j P gP / sum_j P, [N, H], with P as the log-sum-exp gives it; program ((w * heads + h) *
@@ -179,7 +173,7 @@ def row_sums(
         p_table = p_bias + i_h * (2 * center + 1)
         o_query = first_query + tl.arange(0, BM).to(tl.int64)  # [BM]
         m_query = o_query < count
-        b_row, b_spot, b_region = load_members(p_member, p_place, p_region, begin + o_query, m_query, width)
+        b_row, b_spot, b_part = load_members(p_member, p_place, p_part, begin + o_query, m_query, width)
         b_q = load_rows(p_q, b_row, m_query, qkv_n, qkv_d, dim, BD)  # [BM, BD]
         b_grad = load_rows(p_grad + i_h * grad_h, b_row, m_query, grad_n, grad_d, dim, BD)
         b_lse = tl.load(p_lse + b_row * heads + i_h, mask=m_query, other=float("inf"))
@@ -188,14 +182,14 @@ def row_sums(
         for first in range(0, count, BN):
             o_key = first + tl.arange(0, BN).to(tl.int64)  # [BN]
             m_key = o_key < count
-            b_key_row, b_key_spot, b_key_region = load_members(
-                p_member, p_place, p_region, begin + o_key, m_key, width
+            b_key_row, b_key_spot, b_key_part = load_members(
+                p_member, p_place, p_part, begin + o_key, m_key, width
             )
             b_k = load_rows(p_k, b_key_row, m_key, qkv_n, qkv_d, dim, BD)  # [BN, BD]
             b_dots = dot_products(b_q, b_k, COSINE, PRECISION)
             b_logits = logits(
-                b_dots, factor, p_table, center, b_spot, b_key_spot, b_region, b_key_region, m_key,
-                p_region is not None,
+                b_dots, factor, p_table, center, b_spot, b_key_spot, b_part, b_key_part, m_key,
+                p_part is not None,
             )  # fmt: skip
             b_p = tl.exp(b_logits - b_lse[:, None])
             b_v = load_rows(p_v, b_key_row, m_key, qkv_n, qkv_d, dim, BD)
@@ -209,13 +203,13 @@ def row_sums(
 @triton.jit
 def _tile_gradients(
     b_q, b_k, b_v, b_grad, p_row_lse, p_row_inverse, p_row_sum, factor, p_table, center,
-    b_query_spot, b_key_spot, b_query_region, b_key_region, m_query, m_key,
+    b_query_spot, b_key_spot, b_query_part, b_key_part, m_query, m_key,
     REGIONS: tl.constexpr, COSINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """P, gS and the dot products of a tile of queries with one of keys."""
     b_dots = dot_products(b_q, b_k, COSINE, PRECISION)
     b_logits = logits(
-        b_dots, factor, p_table, center, b_query_spot, b_key_spot, b_query_region, b_key_region, m_key, REGIONS
+        b_dots, factor, p_table, center, b_query_spot, b_key_spot, b_query_part, b_key_part, m_key, REGIONS
     )
     b_lse = tl.load(p_row_lse, mask=m_query, other=float("inf"))
     b_p = tl.exp(b_logits - b_lse[:, None]) * tl.load(p_row_inverse, mask=m_query, other=0.0)[:, None]
@@ -226,14 +220,14 @@ def _tile_gradients(
 
 @triton.jit
 def grad_rows(
-    p_qkv, p_bias, p_scale, p_member, p_start, p_place, p_region, p_bad, p_grad, p_lse, p_inverse, p_sum,
-    p_dqkv, p_dot, tokens, heads, dim, tiles, default_scale, center, width,
+    p_qkv, p_bias, p_scale, p_member, p_start, p_place, p_part, p_bad, p_grad, p_lse, p_inverse, p_sum,
+    p_dqkv, p_dot, tokens, heads, dim: tl.constexpr, tiles, default_scale, center, width,
     qkv_n, qkv_c, qkv_h, qkv_d, grad_n, grad_h, grad_d,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dk, dv and dq of BM members, from BN queries and from BN keys at a time, and their part of dscale [W * tiles,
     H], those asked for; program ((w * heads + h) * tiles + tile)."""
-    REGIONS: tl.constexpr = p_region is not None
+    REGIONS: tl.constexpr = p_part is not None
     i_wh = tl.program_id(0).to(tl.int64) // tiles
     i_w, i_h = i_wh // heads, i_wh % heads
     i_tile = tl.program_id(0).to(tl.int64) % tiles
@@ -253,7 +247,7 @@ def grad_rows(
         p_lse, p_inverse, p_sum = p_lse + i_h, p_inverse + i_h, p_sum + i_h
         o_own = i_tile * BM + tl.arange(0, BM).to(tl.int64)  # [BM]
         m_own = o_own < count
-        b_row, b_spot, b_region = load_members(p_member, p_place, p_region, begin + o_own, m_own, width)
+        b_row, b_spot, b_part = load_members(p_member, p_place, p_part, begin + o_own, m_own, width)
         if p_dqkv is not None:
             b_k = load_rows(p_k, b_row, m_own, qkv_n, qkv_d, dim, BD)  # [BM, BD]
             b_v = load_rows(p_v, b_row, m_own, qkv_n, qkv_d, dim, BD)
@@ -262,15 +256,15 @@ def grad_rows(
             for first in range(0, count, BN):
                 o_query = first + tl.arange(0, BN).to(tl.int64)  # [BN]
                 m_query = o_query < count
-                b_other, b_other_spot, b_other_region = load_members(
-                    p_member, p_place, p_region, begin + o_query, m_query, width
+                b_other, b_other_spot, b_other_part = load_members(
+                    p_member, p_place, p_part, begin + o_query, m_query, width
                 )
                 b_q = load_rows(p_q, b_other, m_query, qkv_n, qkv_d, dim, BD)  # [BN, BD]
                 b_grad = load_rows(p_grad, b_other, m_query, grad_n, grad_d, dim, BD)
                 o_sums = b_other * heads
                 b_p, b_ds, _ = _tile_gradients(
                     b_q, b_k, b_v, b_grad, p_lse + o_sums, p_inverse + o_sums, p_sum + o_sums, factor, p_table,
-                    center, b_other_spot, b_spot, b_other_region, b_region, m_query, m_own,
+                    center, b_other_spot, b_spot, b_other_part, b_part, m_query, m_own,
                     REGIONS, COSINE, PRECISION,
                 )  # fmt: skip
                 b_dv = tl.dot(tl.trans(operand(b_p, b_grad)), b_grad, b_dv, input_precision=PRECISION)
@@ -288,14 +282,14 @@ def grad_rows(
         for first in range(0, count, BN):
             o_key = first + tl.arange(0, BN).to(tl.int64)  # [BN]
             m_key = o_key < count
-            b_other, b_other_spot, b_other_region = load_members(
-                p_member, p_place, p_region, begin + o_key, m_key, width
+            b_other, b_other_spot, b_other_part = load_members(
+                p_member, p_place, p_part, begin + o_key, m_key, width
             )
             b_k = load_rows(p_k, b_other, m_key, qkv_n, qkv_d, dim, BD)  # [BN, BD]
             b_v = load_rows(p_v, b_other, m_key, qkv_n, qkv_d, dim, BD)
             _, b_ds, b_dots = _tile_gradients(
                 b_q, b_k, b_v, b_grad, p_lse + o_sums, p_inverse + o_sums, p_sum + o_sums, factor, p_table,
-                center, b_spot, b_other_spot, b_region, b_other_region, m_own, m_key,
+                center, b_spot, b_other_spot, b_part, b_other_part, m_own, m_key,
                 REGIONS, COSINE, PRECISION,
             )  # fmt: skip
             b_dot += tl.sum(b_ds * b_dots, 1)
@@ -315,8 +309,8 @@ def grad_rows(
 
 @triton.jit
 def grad_pairs(
-    p_qkv, p_bias, p_scale, p_member, p_start, p_place, p_region, p_cell, p_bad, p_grad, p_lse, p_inverse, p_sum,
-    p_pair, heads, dim, tiles, key_tiles, windows, places, share, default_scale, center, width,
+    p_qkv, p_bias, p_scale, p_member, p_start, p_place, p_part, p_cell, p_bad, p_grad, p_lse, p_inverse, p_sum,
+    p_pair, heads, dim: tl.constexpr, tiles, key_tiles, windows, places, share, default_scale, center, width,
     qkv_n, qkv_c, qkv_h, qkv_d, grad_n, grad_h, grad_d,
     BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -340,11 +334,11 @@ def grad_pairs(
     for i_w in range(i_slab * share, last):
         begin, end = tl.load(p_start + i_w), tl.load(p_start + i_w + 1)
         if begin < end:
-            b_row, b_spot, b_region, m_query = load_places(
-                p_cell, p_member, p_place, p_region, i_w, begin, end, o_query, places, width
+            b_row, b_spot, b_part, m_query = load_places(
+                p_cell, p_member, p_place, p_part, i_w, begin, end, o_query, places, width
             )
-            b_key_row, b_key_spot, b_key_region, m_key = load_places(
-                p_cell, p_member, p_place, p_region, i_w, begin, end, o_key, places, width
+            b_key_row, b_key_spot, b_key_part, m_key = load_places(
+                p_cell, p_member, p_place, p_part, i_w, begin, end, o_key, places, width
             )
             b_q = load_rows(p_q, b_row, m_query, qkv_n, qkv_d, dim, BD)  # [BM, BD]
             b_grad = load_rows(p_grad, b_row, m_query, grad_n, grad_d, dim, BD)
@@ -353,8 +347,8 @@ def grad_pairs(
             o_sums = b_row * heads
             _, b_ds, _ = _tile_gradients(
                 b_q, b_k, b_v, b_grad, p_lse + o_sums, p_inverse + o_sums, p_sum + o_sums, factor, p_table,
-                center, b_spot, b_key_spot, b_region, b_key_region, m_query, m_key,
-                p_region is not None, COSINE, PRECISION,
+                center, b_spot, b_key_spot, b_part, b_key_part, m_query, m_key,
+                p_part is not None, COSINE, PRECISION,
             )  # fmt: skip
             b_pair += b_ds
     p_tile = p_pair + i_sh * places * places + o_query[:, None] * places + o_key[None, :]

@@ -37,10 +37,14 @@ LARGEST_INVERSE = tl.constexpr(1 / SMALLEST_NORM)
 
 
 @triton.jit
-def enter_windows(p_member, p_start, p_place, p_seen, p_cell, p_bad, tokens, places, BLOCK: tl.constexpr):
+def enter_windows(
+    p_member, p_start, p_place, p_region, p_seen, p_cell, p_part, p_bad, tokens, places,
+    BLOCK: tl.constexpr, OTHERS: tl.constexpr,
+):  # fmt: skip
     """seen[member[i]] = i and cell[w, place[i]] = i for the members i of window w, and bad = 0; program (w).
 
     Neither table was cleared. Where two members write to one element, one of them does not find itself there again.
+    part[i], fp32, is the region of member i as a small number: how many members stand before the first of its region.
     """
     i_w = tl.program_id(0).to(tl.int64)
     if i_w == 0:
@@ -54,6 +58,16 @@ def enter_windows(p_member, p_start, p_place, p_seen, p_cell, p_bad, tokens, pla
         tl.store(p_seen + b_row, o_member, mask=(b_row >= 0) & (b_row < tokens))
         b_place = tl.load(p_place + o_member, mask=m_member, other=-1)
         tl.store(p_cell + i_w * places + b_place, o_member, mask=(b_place >= 0) & (b_place < places))
+        if p_region is not None:
+            b_region = tl.load(p_region + o_member, mask=m_member, other=0)
+            b_part = tl.full((BLOCK,), 0x7FFFFFFF, tl.int32)
+            for other in range(begin, end, OTHERS):
+                o_other = other + tl.arange(0, OTHERS).to(tl.int64)  # [OTHERS]
+                b_other = tl.load(p_region + o_other, mask=o_other < end, other=0)
+                m_same = (b_region[:, None] == b_other[None, :]) & (o_other < end)[None, :]
+                b_first = tl.where(m_same, (o_other - begin).to(tl.int32)[None, :], 0x7FFFFFFF)
+                b_part = tl.minimum(b_part, tl.min(b_first, 1))
+            tl.store(p_part + o_member, b_part.to(tl.float32), mask=m_member)
 
 
 @triton.jit
@@ -97,19 +111,19 @@ def _spot(b_place, width):
 
 
 @triton.jit
-def load_members(p_member, p_place, p_region, o_member, m_member, width):
-    """Row, spot and region of the members ``o_member`` of checked windows."""
+def load_members(p_member, p_place, p_part, o_member, m_member, width):
+    """Row, spot and part of the members ``o_member`` of checked windows."""
     b_row = tl.load(p_member + o_member, mask=m_member, other=0)
     b_spot = _spot(tl.load(p_place + o_member, mask=m_member, other=0), width)
-    b_region = b_row
-    if p_region is not None:
-        b_region = tl.load(p_region + o_member, mask=m_member, other=0)
-    return b_row, b_spot, b_region
+    b_part = b_spot
+    if p_part is not None:
+        b_part = tl.load(p_part + o_member, mask=m_member, other=0.0)
+    return b_row, b_spot, b_part
 
 
 @triton.jit
-def load_places(p_cell, p_member, p_place, p_region, i_w, begin, end, o_place, places, width):
-    """Row, spot and region of the tokens at ``o_place`` of window ``i_w``, and where there is one.
+def load_places(p_cell, p_member, p_place, p_part, i_w, begin, end, o_place, places, width):
+    """Row, spot and part of the tokens at ``o_place`` of window ``i_w``, and where there is one.
 
     A cell that no member wrote holds anything, but no member of this window that stands there.
     """
@@ -118,28 +132,37 @@ def load_places(p_cell, p_member, p_place, p_region, i_w, begin, end, o_place, p
     m_there = m_there & (o_member >= begin) & (o_member < end)
     m_there = m_there & (tl.load(p_place + o_member, mask=m_there, other=-1) == o_place)
     b_row = tl.load(p_member + o_member, mask=m_there, other=0)
-    b_region = b_row
-    if p_region is not None:
-        b_region = tl.load(p_region + o_member, mask=m_there, other=0)
-    return b_row, _spot(tl.where(m_there, o_place, 0), width), b_region, m_there
+    b_spot = _spot(tl.where(m_there, o_place, 0), width)
+    b_part = b_spot
+    if p_part is not None:
+        b_part = tl.load(p_part + o_member, mask=m_there, other=0.0)
+    return b_row, b_spot, b_part, m_there
 
 
 @triton.jit
-def load_rows(p_x, b_row, m_row, row, column, columns, BLOCK: tl.constexpr):
+def _inside(m_row, columns: tl.constexpr, BLOCK: tl.constexpr):
+    m_tile = m_row[:, None]
+    if columns < BLOCK:
+        m_tile = m_tile & (tl.arange(0, BLOCK) < columns)[None, :]
+    return m_tile
+
+
+@triton.jit
+def load_rows(p_x, b_row, m_row, row, column, columns: tl.constexpr, BLOCK: tl.constexpr):
     """Rows ``b_row`` of a matrix with strides ``row`` and ``column``, ``columns`` <= BLOCK wide, zeros beyond it and
     where not ``m_row``: [rows, BLOCK]."""
     o_column = tl.arange(0, BLOCK).to(tl.int64)
     p_tile = p_x + b_row[:, None] * row + o_column[None, :] * column
-    b_x = tl.load(p_tile, mask=m_row[:, None] & (o_column < columns)[None, :], other=0.0)
+    b_x = tl.load(p_tile, mask=_inside(m_row, columns, BLOCK), other=0.0)
     return widened(b_x) if INTERPRETED else b_x
 
 
 @triton.jit
-def store_rows(p_x, b_x, b_row, m_row, row, columns, BLOCK: tl.constexpr):
+def store_rows(p_x, b_x, b_row, m_row, row, columns: tl.constexpr, BLOCK: tl.constexpr):
     """The inverse of ``load_rows``, elements of a row next to each other."""
     o_column = tl.arange(0, BLOCK).to(tl.int64)
     p_tile = p_x + b_row[:, None] * row + o_column[None, :]
-    tl.store(p_tile, narrowed(b_x, p_x.dtype.element_ty), mask=m_row[:, None] & (o_column < columns)[None, :])
+    tl.store(p_tile, narrowed(b_x, p_x.dtype.element_ty), mask=_inside(m_row, columns, BLOCK))
 
 
 @triton.jit
@@ -165,15 +188,15 @@ def dot_products(b_q, b_k, COSINE: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def logits(
-    b_dots, factor, p_table, center, b_query_spot, b_key_spot, b_query_region, b_key_region, m_key,
+    b_dots, factor, p_table, center, b_query_spot, b_key_spot, b_query_part, b_key_part, m_key,
     REGIONS: tl.constexpr,
 ):  # fmt: skip
-    """[queries, keys], -inf where not ``m_key``."""
+    """[queries, keys], -inf where not ``m_key``: no selects, whose masks cost registers."""
     o_bias = b_query_spot[:, None] - b_key_spot[None, :] + center
-    b_logits = b_dots * factor + tl.load(p_table + o_bias)
+    b_logits = b_dots * factor + tl.load(p_table + o_bias) + tl.where(m_key, 0.0, float("-inf"))[None, :]
     if REGIONS:
-        b_logits += tl.where(b_query_region[:, None] != b_key_region[None, :], PENALTY, 0.0)
-    return tl.where(m_key[None, :], b_logits, float("-inf"))
+        b_logits += tl.maximum(tl.abs(b_query_part[:, None] - b_key_part[None, :]) * PENALTY, PENALTY)
+    return b_logits
 
 
 @triton.jit

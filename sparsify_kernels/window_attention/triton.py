@@ -33,6 +33,7 @@ __all__ = ["TARGETS", "window_attention", "window_attention_backward"]
 
 WIDEST = 128  # d; beyond, the reference
 CHECK = {"BLOCK": 64, "num_warps": 1}
+ENTER = {"BLOCK": 64, "OTHERS": 16, "num_warps": 1}
 TILE_NAMES = ("BM", "BN", "ONE")
 PAIRS = {"PLACES": 64, "BLOCK": 16}
 PARTS = 2048  # numbers that one step of ``fold_parts`` adds
@@ -194,15 +195,18 @@ class _Call:
         self.element_size, self.cosine = qkv.element_size(), cosine
         self.bias, self.scale = bias.contiguous(), None if scale is None else scale.contiguous()
         member, start, place = member.contiguous(), start.contiguous(), place.contiguous()
-        self.members = (member, start, place, None if region is None else region.contiguous())
+        region = None if region is None else region.contiguous()
+        part = None if region is None else bias.new_empty((self.tokens,))
+        self.members = (member, start, place, part)
         default_scale = 1.0 if cosine else self.dim**-0.5
         self.numbers = (default_scale, bias.shape[1] * bias.shape[2] // 2, (bias.shape[2] + 1) // 2)
         self.cell = member.new_empty((self.windows, self.places))
         self.bad = member.new_empty((1,), dtype=torch.int32)
         seen = member.new_empty((self.tokens,))
-        tables = (member, start, place, seen, self.cell, self.bad)
-        enter_windows[(self.windows,)](*tables, self.tokens, self.places, **CHECK)
-        check_windows[(self.windows,)](*tables, self.tokens, self.windows, self.places, **CHECK)
+        windows, sizes = (member, start, place), (self.tokens, self.windows, self.places)
+        tables = (*windows, region, seen, self.cell, part, self.bad)
+        enter_windows[(self.windows,)](*tables, self.tokens, self.places, **ENTER)
+        check_windows[(self.windows,)](*windows, seen, self.cell, self.bad, *sizes, **CHECK)
         if reference.check_values(qkv.device) and bool(self.bad):
             raise InvalidValue(reference.complaint(bias, member, start, place))
 
@@ -249,16 +253,16 @@ def _block(size: int) -> int:
 def _target(
     kernel: Any, dtype: str, width: int, *, bare: bool = False, **changes: Any
 ) -> tuple[Any, str, dict[str, Any], int]:
-    """How a kernel is compiled for heads ``width`` wide: ``bare`` without scale and regions, else with all there is."""
+    """How a kernel is compiled for heads ``width`` wide: ``bare`` without scale and parts, else with all there is."""
     names = kernel.arg_names
     tiles = TILES[kernel][width, 2 if dtype == "bf16" else 4]
-    constants = {**tiles._asdict(), "BD": width, "ONE": True, "COSINE": not bare, "qkv_d": 1, "grad_d": 1, **changes}
+    constants = {**tiles._asdict(), "BD": width, "dim": width, "ONE": True, "COSINE": not bare, "qkv_d": 1, "grad_d": 1, **changes}
     constants |= {"PRECISION": "ieee" if dtype == "bf16" else PRECISION}
-    constants |= {"p_scale": None, "p_region": None} if bare else {}
+    constants |= {"p_scale": None, "p_part": None} if bare else {}
     warps = constants.pop("num_warps")
     constants = {n: c for n, c in constants.items() if n in names or n == "num_stages"}
     types = dict.fromkeys(("p_qkv", "p_out", "p_grad", "p_dqkv"), f"*{dtype}:16")
-    types |= dict.fromkeys(("p_member", "p_start", "p_place", "p_region", "p_cell"), "*i64:16")
+    types |= dict.fromkeys(("p_member", "p_start", "p_place", "p_cell"), "*i64:16")
     types |= {"p_bad": "*i32", "heads": "i32", "tiles": "i32", "default_scale": "fp32"}
     types |= dict.fromkeys(("key_tiles", "tokens", "windows", "places", "center", "width", "share"), "i32")
     rest = (types.get(n, "*fp32:16" if n.startswith("p_") else "i32:16") for n in names if n not in constants)
@@ -266,13 +270,12 @@ def _target(
 
 
 WIDTHS = [(dtype, width) for dtype in ("bf16", "fp32") for width in (32, 64, 128)]
-_CHECKED = "*i64 *i64 *i64 *i64 *i64 *i32 i32"
 
 # How the tests compile every kernel: types of the run-time arguments (:16 for a multiple of 16), compile-time
 # arguments, warps.
 TARGETS: list[tuple[Any, str, dict[str, Any], int]] = [
-    (enter_windows, f"{_CHECKED} i32", {"BLOCK": 64}, 1),
-    (check_windows, f"{_CHECKED} i32 i32", {"BLOCK": 64}, 1),
+    (enter_windows, "*i64 *i64 *i64 *i64 *i64 *i64 *fp32 *i32 i32 i32", {"BLOCK": 64, "OTHERS": 16}, 1),
+    (check_windows, "*i64 *i64 *i64 *i64 *i64 *i32 i32 i32 i32", {"BLOCK": 64}, 1),
     *(
         _target(attend, dtype, width, ONE=one)
         for dtype, width in WIDTHS
