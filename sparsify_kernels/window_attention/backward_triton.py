@@ -42,7 +42,7 @@ def _window_gradients(
     b_k = load_rows(p_k, b_row, m_row, qkv_n, qkv_d, dim, BD)
     b_dots = dot_products(b_q, b_k, COSINE, PRECISION)  # [BM, BM]
     b_logits = logits(b_dots, factor, p_table, center, b_spot, b_spot, b_part, b_part, m_row, REGIONS)
-    b_p = tl.exp(b_logits - tl.load(p_lse + b_row * heads, mask=m_row, other=float("inf"))[:, None])
+    b_p = tl.exp(b_logits - tl.where(m_row, tl.load(p_lse + b_row * heads), float("inf"))[:, None])
     b_p *= (1.0 / tl.where(m_row, tl.sum(b_p, 1), 1.0))[:, None]
     b_grad = load_rows(p_grad, b_row, m_row, grad_n, grad_d, dim, BD)
     if WITH_QKV:
@@ -70,7 +70,7 @@ def _member_gradients(
     """``_window_gradients`` of at most BM members, and their part of dscale."""
     o_member = tl.arange(0, BM).to(tl.int64)
     m_row = o_member < count
-    b_row, b_spot, b_part = load_members(p_member, p_place, p_part, begin + o_member, m_row, width)
+    b_row, b_spot, b_part = load_members(p_member, p_place, p_part, begin, count, o_member, width)
     _, b_dot = _window_gradients(
         p_q, p_k, p_v, p_table, p_grad, p_lse, p_dq, b_row, b_spot, b_part, m_row,
         factor, center, heads, dim, qkv_n, qkv_d, grad_n, grad_d,
@@ -173,18 +173,16 @@ def row_sums(
         p_table = p_bias + i_h * (2 * center + 1)
         o_query = first_query + tl.arange(0, BM).to(tl.int64)  # [BM]
         m_query = o_query < count
-        b_row, b_spot, b_part = load_members(p_member, p_place, p_part, begin + o_query, m_query, width)
+        b_row, b_spot, b_part = load_members(p_member, p_place, p_part, begin, count, o_query, width)
         b_q = load_rows(p_q, b_row, m_query, qkv_n, qkv_d, dim, BD)  # [BM, BD]
         b_grad = load_rows(p_grad + i_h * grad_h, b_row, m_query, grad_n, grad_d, dim, BD)
-        b_lse = tl.load(p_lse + b_row * heads + i_h, mask=m_query, other=float("inf"))
+        b_lse = tl.where(m_query, tl.load(p_lse + b_row * heads + i_h), float("inf"))
         b_total = tl.zeros((BM,), tl.float32)
         b_sum = tl.zeros((BM,), tl.float32)
         for first in range(0, count, BN):
             o_key = first + tl.arange(0, BN).to(tl.int64)  # [BN]
             m_key = o_key < count
-            b_key_row, b_key_spot, b_key_part = load_members(
-                p_member, p_place, p_part, begin + o_key, m_key, width
-            )
+            b_key_row, b_key_spot, b_key_part = load_members(p_member, p_place, p_part, begin, count, o_key, width)
             b_k = load_rows(p_k, b_key_row, m_key, qkv_n, qkv_d, dim, BD)  # [BN, BD]
             b_dots = dot_products(b_q, b_k, COSINE, PRECISION)
             b_logits = logits(
@@ -211,10 +209,10 @@ def _tile_gradients(
     b_logits = logits(
         b_dots, factor, p_table, center, b_query_spot, b_key_spot, b_query_part, b_key_part, m_key, REGIONS
     )
-    b_lse = tl.load(p_row_lse, mask=m_query, other=float("inf"))
-    b_p = tl.exp(b_logits - b_lse[:, None]) * tl.load(p_row_inverse, mask=m_query, other=0.0)[:, None]
+    b_lse = tl.where(m_query, tl.load(p_row_lse), float("inf"))
+    b_p = tl.exp(b_logits - b_lse[:, None]) * tl.load(p_row_inverse)[:, None]
     b_ds = tl.dot(b_grad, tl.trans(b_v), input_precision=PRECISION)
-    b_ds = b_p * (b_ds - tl.load(p_row_sum, mask=m_query, other=0.0)[:, None])
+    b_ds = b_p * (b_ds - tl.load(p_row_sum)[:, None])
     return b_p, b_ds, b_dots
 
 
@@ -247,7 +245,7 @@ def grad_rows(
         p_lse, p_inverse, p_sum = p_lse + i_h, p_inverse + i_h, p_sum + i_h
         o_own = i_tile * BM + tl.arange(0, BM).to(tl.int64)  # [BM]
         m_own = o_own < count
-        b_row, b_spot, b_part = load_members(p_member, p_place, p_part, begin + o_own, m_own, width)
+        b_row, b_spot, b_part = load_members(p_member, p_place, p_part, begin, count, o_own, width)
         if p_dqkv is not None:
             b_k = load_rows(p_k, b_row, m_own, qkv_n, qkv_d, dim, BD)  # [BM, BD]
             b_v = load_rows(p_v, b_row, m_own, qkv_n, qkv_d, dim, BD)
@@ -257,7 +255,7 @@ def grad_rows(
                 o_query = first + tl.arange(0, BN).to(tl.int64)  # [BN]
                 m_query = o_query < count
                 b_other, b_other_spot, b_other_part = load_members(
-                    p_member, p_place, p_part, begin + o_query, m_query, width
+                    p_member, p_place, p_part, begin, count, o_query, width
                 )
                 b_q = load_rows(p_q, b_other, m_query, qkv_n, qkv_d, dim, BD)  # [BN, BD]
                 b_grad = load_rows(p_grad, b_other, m_query, grad_n, grad_d, dim, BD)
@@ -282,9 +280,7 @@ def grad_rows(
         for first in range(0, count, BN):
             o_key = first + tl.arange(0, BN).to(tl.int64)  # [BN]
             m_key = o_key < count
-            b_other, b_other_spot, b_other_part = load_members(
-                p_member, p_place, p_part, begin + o_key, m_key, width
-            )
+            b_other, b_other_spot, b_other_part = load_members(p_member, p_place, p_part, begin, count, o_key, width)
             b_k = load_rows(p_k, b_other, m_key, qkv_n, qkv_d, dim, BD)  # [BN, BD]
             b_v = load_rows(p_v, b_other, m_key, qkv_n, qkv_d, dim, BD)
             _, b_ds, b_dots = _tile_gradients(

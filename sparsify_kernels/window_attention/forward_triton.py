@@ -48,7 +48,7 @@ def _attend_tile(
     REGIONS: tl.constexpr = p_part is not None
     o_query = first_query + tl.arange(0, BM).to(tl.int64)  # [BM]
     m_query = o_query < count
-    b_row, b_spot, b_part = load_members(p_member, p_place, p_part, begin + o_query, m_query, width)
+    b_row, b_spot, b_part = load_members(p_member, p_place, p_part, begin, count, o_query, width)
     b_q = load_rows(p_q, b_row, m_query, qkv_n, qkv_d, dim, BD)  # [BM, BD]
     b_top = tl.full((BM,), float("-inf"), tl.float32)
     b_total = tl.zeros((BM,), tl.float32)
@@ -64,9 +64,7 @@ def _attend_tile(
         for first in range(0, count, BN):
             o_key = first + tl.arange(0, BN).to(tl.int64)  # [BN]
             m_key = o_key < count
-            b_key_row, b_key_spot, b_key_part = load_members(
-                p_member, p_place, p_part, begin + o_key, m_key, width
-            )
+            b_key_row, b_key_spot, b_key_part = load_members(p_member, p_place, p_part, begin, count, o_key, width)
             b_k = load_rows(p_k, b_key_row, m_key, qkv_n, qkv_d, dim, BD)  # [BN, BD]
             b_v = load_rows(p_v, b_key_row, m_key, qkv_n, qkv_d, dim, BD)
             b_top, b_total, b_sum = _fold_keys(

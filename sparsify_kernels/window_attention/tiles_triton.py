@@ -111,32 +111,31 @@ def _spot(b_place, width):
 
 
 @triton.jit
-def load_members(p_member, p_place, p_part, o_member, m_member, width):
-    """Row, spot and part of the members ``o_member`` of checked windows."""
-    b_row = tl.load(p_member + o_member, mask=m_member, other=0)
-    b_spot = _spot(tl.load(p_place + o_member, mask=m_member, other=0), width)
+def load_members(p_member, p_place, p_part, begin, count, o_member, width):
+    """Row, spot and part of members ``o_member`` of a window with some; beyond the last, of it: nothing to mask."""
+    o_member = begin + tl.minimum(o_member, count - 1)
+    b_row = tl.load(p_member + o_member)
+    b_spot = _spot(tl.load(p_place + o_member), width)
     b_part = b_spot
     if p_part is not None:
-        b_part = tl.load(p_part + o_member, mask=m_member, other=0.0)
+        b_part = tl.load(p_part + o_member)
     return b_row, b_spot, b_part
 
 
 @triton.jit
 def load_places(p_cell, p_member, p_place, p_part, i_w, begin, end, o_place, places, width):
-    """Row, spot and part of the tokens at ``o_place`` of window ``i_w``, and where there is one.
+    """Row, spot and part of the tokens at ``o_place`` of a window with some, and where there is one; elsewhere, of
+    others.
 
     A cell that no member wrote holds anything, but no member of this window that stands there.
     """
-    m_there = o_place < places
-    o_member = tl.load(p_cell + i_w * places + o_place, mask=m_there, other=-1)
-    m_there = m_there & (o_member >= begin) & (o_member < end)
-    m_there = m_there & (tl.load(p_place + o_member, mask=m_there, other=-1) == o_place)
-    b_row = tl.load(p_member + o_member, mask=m_there, other=0)
-    b_spot = _spot(tl.where(m_there, o_place, 0), width)
-    b_part = b_spot
+    o_cell = tl.load(p_cell + i_w * places + tl.minimum(o_place, places - 1))
+    o_member = tl.minimum(tl.maximum(o_cell, begin), end - 1)
+    b_place = tl.load(p_place + o_member)
+    b_part = _spot(b_place, width)
     if p_part is not None:
-        b_part = tl.load(p_part + o_member, mask=m_there, other=0.0)
-    return b_row, b_spot, b_part, m_there
+        b_part = tl.load(p_part + o_member)
+    return tl.load(p_member + o_member), _spot(b_place, width), b_part, (o_cell == o_member) & (b_place == o_place)
 
 
 @triton.jit

@@ -83,7 +83,7 @@ TILES: dict[Any, dict[tuple[int, int], Tiles]] = {
     },
 }
 # Those that hold less take the tiles of one that holds more.
-TILES |= {kernel: TILES[grad_rows] for kernel in (row_sums, grad_pairs)}
+TILES |= dict.fromkeys((row_sums, grad_pairs), TILES[grad_rows])
 
 
 def window_attention(
@@ -256,7 +256,16 @@ def _target(
     """How a kernel is compiled for heads ``width`` wide: ``bare`` without scale and parts, else with all there is."""
     names = kernel.arg_names
     tiles = TILES[kernel][width, 2 if dtype == "bf16" else 4]
-    constants = {**tiles._asdict(), "BD": width, "dim": width, "ONE": True, "COSINE": not bare, "qkv_d": 1, "grad_d": 1, **changes}
+    constants = {
+        **tiles._asdict(),
+        "BD": width,
+        "dim": width,
+        "ONE": True,
+        "COSINE": not bare,
+        "qkv_d": 1,
+        "grad_d": 1,
+        **changes,
+    }
     constants |= {"PRECISION": "ieee" if dtype == "bf16" else PRECISION}
     constants |= {"p_scale": None, "p_part": None} if bare else {}
     warps = constants.pop("num_warps")
@@ -276,11 +285,7 @@ WIDTHS = [(dtype, width) for dtype in ("bf16", "fp32") for width in (32, 64, 128
 TARGETS: list[tuple[Any, str, dict[str, Any], int]] = [
     (enter_windows, "*i64 *i64 *i64 *i64 *i64 *i64 *fp32 *i32 i32 i32", {"BLOCK": 64, "OTHERS": 16}, 1),
     (check_windows, "*i64 *i64 *i64 *i64 *i64 *i32 i32 i32 i32", {"BLOCK": 64}, 1),
-    *(
-        _target(attend, dtype, width, ONE=one)
-        for dtype, width in WIDTHS
-        for one in (True, False)
-    ),
+    *(_target(attend, dtype, width, ONE=one) for dtype, width in WIDTHS for one in (True, False)),
     *(_target(grad_window, dtype, width, **form) for dtype, width in WIDTHS for form in ({}, {"p_pair": None})),
     *(_target(kernel, dtype, width) for kernel in (row_sums, grad_rows, grad_pairs) for dtype, width in WIDTHS),
     (fold_parts, "*fp32:16 *i32 *fp32:16 i32 i32", {"PARTS": 32, "BLOCK": 64}, 4),
