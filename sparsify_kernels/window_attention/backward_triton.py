@@ -1,11 +1,11 @@
 """The backward of window_attention in Triton; the formulas are in ``reference.py``.
 
 P is rebuilt from the log-sum-exp and divided by its own sum, so that the rounding of the log-sum-exp does not show.
-Windows of one tile take one kernel, ``grad_window``. Larger ones take ``row_sums``, which gives 1 / sum_j P and sum_j P
-gP of every query, then ``grad_rows`` for dq, dk and dv, a program a tile, and ``grad_pairs`` for dbias.
+For windows of one tile ``grad_window`` gives dq, dk and dv at once. Larger ones take ``row_sums``, which gives 1 /
+sum_j P and sum_j P gP of every query, then ``grad_rows``, a program a tile.
 
-dbias is summed over windows as pairs of places: a program adds up, in registers, the gradients of the logits of the
-windows of its *slab*, tokens by place, so that the same pair of all windows is the same element of the tile.
+dbias is summed over windows as pairs of places: a program of ``grad_pairs`` adds up, in registers, the gradients of the
+logits of the windows of its *slab*, tokens by place: the same pair of all windows is the same element of the tile.
 ``fold_parts`` adds up the slabs, ``fold_pairs`` the pairs that stand to each other alike.
 """
 
@@ -32,123 +32,86 @@ __all__ = ["fold_pairs", "fold_parts", "grad_pairs", "grad_rows", "grad_window",
 
 @triton.jit
 def _window_gradients(
-    p_q, p_k, p_v, p_table, p_grad, p_lse, p_dq, b_row, b_spot, b_part, m_row,
-    factor, center, heads, dim: tl.constexpr, qkv_n, qkv_d, grad_n, grad_d,
-    BD: tl.constexpr, WITH_QKV: tl.constexpr, REGIONS: tl.constexpr, COSINE: tl.constexpr, PRECISION: tl.constexpr,
+    p_q, p_k, p_v, p_member, p_place, p_part, p_table, p_grad, p_lse, p_inverse, p_sum, p_dq, p_dot,
+    begin, count, factor, center, width, heads, dim: tl.constexpr, qkv_n, qkv_d, grad_n, grad_d,
+    BM: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Stores dq, dk and dv of a window that is one tile; returns gS and its sums with the dot products over the
-    keys."""
+    """What ``grad_window`` stores, for a window of at most BM members."""
+    o_member = tl.arange(0, BM).to(tl.int64)  # [BM]
+    m_row = o_member < count
+    b_row, b_spot, b_part = load_members(p_member, p_place, p_part, begin, count, o_member, width)
     b_q = load_rows(p_q, b_row, m_row, qkv_n, qkv_d, dim, BD)  # [BM, BD]
     b_k = load_rows(p_k, b_row, m_row, qkv_n, qkv_d, dim, BD)
     b_dots = dot_products(b_q, b_k, COSINE, PRECISION)  # [BM, BM]
-    b_logits = logits(b_dots, factor, p_table, center, b_spot, b_spot, b_part, b_part, m_row, REGIONS)
+    b_logits = logits(b_dots, factor, p_table, center, b_spot, b_spot, b_part, b_part, m_row, p_part is not None)
     b_p = tl.exp(b_logits - tl.where(m_row, tl.load(p_lse + b_row * heads), float("inf"))[:, None])
-    b_p *= (1.0 / tl.where(m_row, tl.sum(b_p, 1), 1.0))[:, None]
+    b_inverse = 1.0 / tl.where(m_row, tl.sum(b_p, 1), 1.0)
+    b_p *= b_inverse[:, None]
     b_grad = load_rows(p_grad, b_row, m_row, grad_n, grad_d, dim, BD)
-    if WITH_QKV:
+    if p_dq is not None:
         b_dv = tl.dot(tl.trans(operand(b_p, b_grad)), b_grad, input_precision=PRECISION)
         store_rows(p_dq + 2 * heads * dim, b_dv, b_row, m_row, 3 * heads * dim, dim, BD)
     b_v = load_rows(p_v, b_row, m_row, qkv_n, qkv_d, dim, BD)
     b_ds = tl.dot(b_grad, tl.trans(b_v), input_precision=PRECISION)
-    b_ds = b_p * (b_ds - tl.sum(b_p * b_ds, 1)[:, None])
-    if WITH_QKV:
+    b_sum = tl.sum(b_p * b_ds, 1)
+    b_ds = b_p * (b_ds - b_sum[:, None])
+    if p_inverse is not None:
+        tl.store(p_inverse + b_row * heads, b_inverse, mask=m_row)
+        tl.store(p_sum + b_row * heads, b_sum, mask=m_row)
+    if p_dot is not None:
+        tl.store(p_dot, tl.sum(tl.sum(b_ds * b_dots, 1), 0))
+    if p_dq is not None:
         b_steep = operand(b_ds, b_q)
         b_dq = tl.dot(b_steep, direction(b_k, COSINE), input_precision=PRECISION) * factor
         store_rows(p_dq, through_direction(b_dq, b_q, COSINE), b_row, m_row, 3 * heads * dim, dim, BD)
         b_dk = tl.dot(tl.trans(b_steep), direction(b_q, COSINE), input_precision=PRECISION) * factor
         b_dk = through_direction(b_dk, b_k, COSINE)
         store_rows(p_dq + heads * dim, b_dk, b_row, m_row, 3 * heads * dim, dim, BD)
-    return b_ds, tl.sum(b_ds * b_dots, 1)
-
-
-@triton.jit
-def _member_gradients(
-    p_q, p_k, p_v, p_member, p_place, p_part, p_table, p_grad, p_lse, p_dq, p_dot,
-    begin, count, factor, center, width, heads, dim: tl.constexpr, qkv_n, qkv_d, grad_n, grad_d,
-    BM: tl.constexpr, BD: tl.constexpr, WITH_QKV: tl.constexpr, COSINE: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    """``_window_gradients`` of at most BM members, and their part of dscale."""
-    o_member = tl.arange(0, BM).to(tl.int64)
-    m_row = o_member < count
-    b_row, b_spot, b_part = load_members(p_member, p_place, p_part, begin, count, o_member, width)
-    _, b_dot = _window_gradients(
-        p_q, p_k, p_v, p_table, p_grad, p_lse, p_dq, b_row, b_spot, b_part, m_row,
-        factor, center, heads, dim, qkv_n, qkv_d, grad_n, grad_d,
-        BD, WITH_QKV, p_part is not None, COSINE, PRECISION,
-    )  # fmt: skip
-    if p_dot is not None:
-        tl.store(p_dot, tl.sum(b_dot, 0))
 
 
 @triton.jit
 def grad_window(
-    p_qkv, p_bias, p_scale, p_member, p_start, p_place, p_part, p_cell, p_bad, p_grad, p_lse,
-    p_dqkv, p_pair, p_dot, tokens, heads, dim: tl.constexpr, windows, places, share, default_scale, center, width,
-    qkv_n, qkv_c, qkv_h, qkv_d, grad_n, grad_h, grad_d,
+    p_qkv, p_bias, p_scale, p_member, p_start, p_place, p_part, p_bad, p_grad, p_lse, p_inverse, p_sum, p_dqkv, p_dot,
+    tokens, heads, dim: tl.constexpr, default_scale, center, width, qkv_n, qkv_c, qkv_h, qkv_d, grad_n, grad_h, grad_d,
     BM: tl.constexpr, BD: tl.constexpr, COSINE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Gradients of windows of at most BM places: dqkv, those of pairs of places [slabs, H, P, P], and dscale
-    [slabs, H], those asked for; program (slab * heads + h). Without pairs a slab is one window."""
-    WITH_QKV: tl.constexpr = p_dqkv is not None
-    REGIONS: tl.constexpr = p_part is not None
-    i_slab, i_h = tl.program_id(0).to(tl.int64) // heads, tl.program_id(0).to(tl.int64) % heads
-    p_q = p_qkv + i_h * qkv_h
-    p_k, p_v = p_q + qkv_c, p_q + 2 * qkv_c
-    p_grad += i_h * grad_h
-    p_table = p_bias + i_h * (2 * center + 1)
-    p_lse += i_h
-    p_dq = p_grad
-    if WITH_QKV:
-        p_dq = p_dqkv + i_h * dim
-    if p_dot is not None:
-        p_dot += tl.program_id(0).to(tl.int64)
-    factor = default_scale
-    if p_scale is not None:
-        factor = tl.load(p_scale + i_h)
+    """dqkv, dscale [W, H], and what ``row_sums`` gives, those asked for, of windows of at most BM places; a window of
+    few members is a smaller tile. Program (w * heads + h)."""
+    i_w, i_h = tl.program_id(0).to(tl.int64) // heads, tl.program_id(0).to(tl.int64) % heads
     if tl.load(p_bad) != 0:
-        if WITH_QKV:
+        if p_dqkv is not None:
             fill_nan(p_dqkv, tl.cast(tokens, tl.int64) * 3 * heads * dim, 1024)
-    elif p_pair is not None:
-        o_place = tl.arange(0, BM)
-        b_pair = tl.zeros((BM, BM), tl.float32)
-        b_dots = tl.zeros((BM,), tl.float32)
-        for i_w in range(i_slab * share, tl.minimum(i_slab * share + share, windows)):
-            begin, end = tl.load(p_start + i_w), tl.load(p_start + i_w + 1)
-            if begin < end:
-                b_row, b_spot, b_part, m_row = load_places(
-                    p_cell, p_member, p_place, p_part, i_w, begin, end, o_place, places, width
-                )
-                b_ds, b_dot = _window_gradients(
-                    p_q, p_k, p_v, p_table, p_grad, p_lse, p_dq, b_row, b_spot, b_part, m_row,
-                    factor, center, heads, dim, qkv_n, qkv_d, grad_n, grad_d,
-                    BD, WITH_QKV, REGIONS, COSINE, PRECISION,
-                )  # fmt: skip
-                b_pair += b_ds
-                b_dots += b_dot
-        m_place = o_place < places
-        p_tile = p_pair + tl.program_id(0).to(tl.int64) * places * places
-        p_tile += o_place[:, None] * places + o_place[None, :]
-        tl.store(p_tile, b_pair, mask=m_place[:, None] & m_place[None, :])
-        if p_dot is not None:
-            tl.store(p_dot, tl.sum(b_dots, 0))
     else:
-        begin = tl.load(p_start + i_slab)
-        count = tl.load(p_start + i_slab + 1) - begin
+        begin = tl.load(p_start + i_w)
+        count = tl.load(p_start + i_w + 1) - begin
+        if p_dot is not None:
+            p_dot += i_w * heads + i_h
+            tl.store(p_dot, 0.0, mask=count == 0)
         if count > 0:
+            factor = default_scale
+            if p_scale is not None:
+                factor = tl.load(p_scale + i_h)
+            p_q = p_qkv + i_h * qkv_h
+            p_k, p_v = p_q + qkv_c, p_q + 2 * qkv_c
+            p_table = p_bias + i_h * (2 * center + 1)
+            p_grad += i_h * grad_h
+            p_lse += i_h
+            if p_inverse is not None:
+                p_inverse, p_sum = p_inverse + i_h, p_sum + i_h
+            if p_dqkv is not None:
+                p_dqkv += i_h * dim
             if BM > 32 and count <= 32:
-                _member_gradients(
-                    p_q, p_k, p_v, p_member, p_place, p_part, p_table, p_grad, p_lse, p_dq, p_dot,
+                _window_gradients(
+                    p_q, p_k, p_v, p_member, p_place, p_part, p_table, p_grad, p_lse, p_inverse, p_sum, p_dqkv, p_dot,
                     begin, count, factor, center, width, heads, dim, qkv_n, qkv_d, grad_n, grad_d,
-                    32, BD, WITH_QKV, COSINE, PRECISION,
+                    32, BD, COSINE, PRECISION,
                 )  # fmt: skip
             else:
-                _member_gradients(
-                    p_q, p_k, p_v, p_member, p_place, p_part, p_table, p_grad, p_lse, p_dq, p_dot,
+                _window_gradients(
+                    p_q, p_k, p_v, p_member, p_place, p_part, p_table, p_grad, p_lse, p_inverse, p_sum, p_dqkv, p_dot,
                     begin, count, factor, center, width, heads, dim, qkv_n, qkv_d, grad_n, grad_d,
-                    BM, BD, WITH_QKV, COSINE, PRECISION,
+                    BM, BD, COSINE, PRECISION,
                 )  # fmt: skip
-        elif p_dot is not None:
-            tl.store(p_dot, 0.0)
 
 
 @triton.jit

@@ -68,17 +68,17 @@ TILES: dict[Any, dict[tuple[int, int], Tiles]] = {
     grad_window: {
         (32, 2): Tiles(64, 64, 4, 1),
         (64, 2): Tiles(64, 64, 8, 1),
-        (128, 2): Tiles(64, 64, 8, 1),
+        (128, 2): Tiles(32, 32, 8, 1),
         (32, 4): Tiles(32, 32, 8, 1),
         (64, 4): Tiles(16, 16, 4, 1),
-        (128, 4): Tiles(16, 16, 4, 1),
+        (128, 4): Tiles(16, 16, 8, 1),
     },
     grad_rows: {
-        (32, 2): Tiles(64, 64, 4, 1),
-        (64, 2): Tiles(64, 32, 4, 1),
-        (128, 2): Tiles(32, 32, 4, 1),
+        (32, 2): Tiles(32, 32, 4, 1),
+        (64, 2): Tiles(32, 32, 4, 1),
+        (128, 2): Tiles(32, 32, 8, 1),
         (32, 4): Tiles(32, 32, 8, 1),
-        (64, 4): Tiles(32, 32, 8, 1),
+        (64, 4): Tiles(16, 16, 4, 1),
         (128, 4): Tiles(16, 16, 8, 1),
     },
 }
@@ -139,32 +139,31 @@ def window_attention_backward(
     inputs = (qkv, call.bias, call.scale, *call.members)
     strides = (*qkv.stride(), *grad.stride())
     lse = lse.contiguous()
-    pair = dot = None
-    if call.places <= TILES[grad_window][_width(call.dim), qkv.element_size()].BM:
-        slabs, share = call.slabs(1) if wanted[1] else (call.windows, 1)
-        pair = bias.new_empty((slabs, call.heads, call.places, call.places)) if wanted[1] else None
-        dot = bias.new_empty((slabs, call.heads)) if wanted[2] else None
-        numbers = (call.tokens, call.heads, call.dim, call.windows, call.places, share, *call.numbers, *strides)
-        tensors = (*inputs, call.cell, call.bad, grad, lse, asked, pair, dot)
-        grad_window[(slabs * call.heads,)](*tensors, *numbers, **call.tiles(grad_window))
-    else:
-        launch = call.tiles(row_sums)
-        tiles, key_tiles = triton.cdiv(call.places, launch["BM"]), triton.cdiv(call.places, launch["BN"])
-        grid = (call.windows * call.heads * tiles,)
+    one = call.places <= TILES[grad_window][_width(call.dim), qkv.element_size()].BM
+    launch = call.tiles(grad_window if one else grad_rows)
+    tiles = 1 if one else triton.cdiv(call.places, launch["BM"])
+    grid = (call.windows * call.heads * tiles,)
+    dot = bias.new_empty((call.windows * tiles, call.heads)) if wanted[2] else None
+    inverse = sums = pair = None
+    if wanted[1] or not one:
         inverse, sums = lse.new_empty(lse.shape), lse.new_empty(lse.shape)
-        numbers = (call.heads, call.dim, tiles, *call.numbers, *strides)
-        row_sums[grid](*inputs, call.bad, grad, lse, inverse, sums, *numbers, **launch)
-        rows = (grad, lse, inverse, sums)
+    rows, sizes = (grad, lse, inverse, sums), (call.heads, call.dim)
+    if one:
+        numbers = (call.tokens, *sizes, *call.numbers, *strides)
+        grad_window[grid](*inputs, call.bad, *rows, asked, dot, *numbers, **launch)
+    else:
+        numbers = (*sizes, tiles, *call.numbers, *strides)
+        row_sums[grid](*inputs, call.bad, *rows, *numbers, **call.tiles(row_sums))
         if wanted[0] or wanted[2]:
-            dot = bias.new_empty((call.windows * tiles, call.heads)) if wanted[2] else None
-            grad_rows[grid](*inputs, call.bad, *rows, asked, dot, call.tokens, *numbers, **call.tiles(grad_rows))
-        if wanted[1]:
-            slabs, share = call.slabs(tiles * key_tiles)
-            pair = bias.new_empty((slabs, call.heads, call.places, call.places))
-            numbers = (call.heads, call.dim, tiles, key_tiles, call.windows, call.places, share, *call.numbers)
-            grid = (slabs * call.heads * tiles * key_tiles,)
-            tensors = (*inputs, call.cell, call.bad, *rows, pair)
-            grad_pairs[grid](*tensors, *numbers, *strides, **call.tiles(grad_pairs))
+            grad_rows[grid](*inputs, call.bad, *rows, asked, dot, call.tokens, *numbers, **launch)
+    if wanted[1]:
+        launch = call.tiles(grad_pairs)
+        tiles, key_tiles = (triton.cdiv(call.places, launch[n]) for n in ("BM", "BN"))
+        slabs, share = call.slabs(tiles * key_tiles)
+        pair = bias.new_empty((slabs, call.heads, call.places, call.places))
+        grid = (slabs * call.heads * tiles * key_tiles,)
+        numbers = (*sizes, tiles, key_tiles, call.windows, call.places, share, *call.numbers, *strides)
+        grad_pairs[grid](*inputs, call.cell, call.bad, *rows, pair, *numbers, **launch)
     if dot is not None:
         call.fold(dot, dscale)
     if pair is not None:
@@ -286,8 +285,11 @@ TARGETS: list[tuple[Any, str, dict[str, Any], int]] = [
     (enter_windows, "*i64 *i64 *i64 *i64 *i64 *i64 *fp32 *i32 i32 i32", {"BLOCK": 64, "OTHERS": 16}, 1),
     (check_windows, "*i64 *i64 *i64 *i64 *i64 *i32 i32 i32 i32", {"BLOCK": 64}, 1),
     *(_target(attend, dtype, width, ONE=one) for dtype, width in WIDTHS for one in (True, False)),
-    *(_target(grad_window, dtype, width, **form) for dtype, width in WIDTHS for form in ({}, {"p_pair": None})),
-    *(_target(kernel, dtype, width) for kernel in (row_sums, grad_rows, grad_pairs) for dtype, width in WIDTHS),
+    *(
+        _target(kernel, dtype, width)
+        for kernel in (grad_window, row_sums, grad_rows, grad_pairs)
+        for dtype, width in WIDTHS
+    ),
     (fold_parts, "*fp32:16 *i32 *fp32:16 i32 i32", {"PARTS": 32, "BLOCK": 64}, 4),
     (fold_pairs, "*fp32:16 *fp32:16 i32 i32 i32 i32", PAIRS, 4),
 ]

@@ -110,7 +110,8 @@ def test_results_and_gradients_are_as_accurate_as_asked(
     for name, ours, plain, exact in zip(
         ("output", "dqkv", "dbias"), (output, dqkv, dbias), eager, (truth[0], *truth[2:4]), strict=True
     ):
-        assert_accurate(ours, eager=plain, truth=exact, what=name)
+        factor = 3.0 if name == "dbias" else 2.0  # of few sums: eager's may be near by chance
+        assert_accurate(ours, eager=plain, truth=exact, factor=factor, what=name)
     assert output.dtype == dqkv.dtype == dtype
     torch.testing.assert_close(lse.double(), truth[1], rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(dscale.double(), truth[4], rtol=1e-4, atol=1e-4)  # of two numbers eager may hit both
@@ -139,7 +140,7 @@ def test_a_gradient_left_out_changes_no_other(shape: WindowShape, wanted: list[b
 @pytest.mark.parametrize("slabs", [1, 2, 3])
 @pytest.mark.parametrize("shape", [WindowShape(30, 7, 3, 3, 1, 4), WindowShape(90, 5, 5, 7, 1, 4)], ids=str)
 def test_slabs_of_several_windows(shape: WindowShape, slabs: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    tiles = 1 if shape.height == 3 else 4
+    tiles = 1 if shape.height == 3 else 4  # of 16 places, or 32
     monkeypatch.setattr(MODULE, "PROGRAMS", slabs * tiles)
     args = given(window_inputs(shape, **SWIN))
     for ours, truth in zip(run(args)[2:], truth_of(args, False)[2:], strict=True):
