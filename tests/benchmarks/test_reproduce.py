@@ -1,0 +1,129 @@
+"""The comparison's arithmetic on numbers made by hand, and its commands in the order in which they need each other."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+@pytest.fixture(scope="module")
+def reproduce() -> ModuleType:
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "reproduce.py"
+    spec = importlib.util.spec_from_file_location("benchmarks_reproduce", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_a_constant_difference_has_an_interval_of_no_width(reproduce):
+    ours, base = {1: True, 2: True, 3: False}, {1: True, 2: False, 3: False}
+    mean, low, high = reproduce.bootstrap([(ours, base)] * 3)
+    assert mean == pytest.approx(100 / 3)
+    assert low <= mean <= high
+    same = reproduce.bootstrap([(base, base)])
+    assert same == (0.0, 0.0, 0.0)
+
+
+def test_the_interval_is_that_of_paired_questions(reproduce):
+    """Of 1,000 questions 60 change for the better, 40 for the worse: 2 points, +- 1.96 * sqrt(0.0996 / 1000)."""
+    base = {i: i % 2 == 0 for i in range(1000)}
+    flips = [i for i in base if not base[i]][:60] + [i for i in base if base[i]][:40]
+    ours = base | {i: not base[i] for i in flips}
+    mean, low, high = reproduce.bootstrap([(ours, base)])
+    assert mean == pytest.approx(2.0, abs=1e-4)
+    assert low == pytest.approx(2.0 - 1.96, abs=0.25)
+    assert high == pytest.approx(2.0 + 1.96, abs=0.25)
+
+
+def write_run(folder: Path, *, seconds: float, history: list[tuple[float, float]], right: list[bool]) -> None:
+    folder.mkdir(parents=True)
+    results = {
+        "seconds": {"train": seconds},
+        "history": [{"train_seconds": s, "val_accuracy": a} for s, a in history],
+        "evaluation": {"unmasked": {"accuracy": sum(right) / len(right)}},
+        "selection": {"videos_skipped": 0.25},
+    }
+    (folder / "results.json").write_text(json.dumps(results), encoding="utf-8")
+    answers = [{"question_id": i, "correct": ok} for i, ok in enumerate(right)]
+    (folder / "predictions.json").write_text(json.dumps(answers), encoding="utf-8")
+
+
+def test_a_row_against_dense(reproduce, tmp_path):
+    paths = reproduce.Paths(tmp_path / "data", tmp_path)
+    dense, everything = (next(row for row in reproduce.ROWS if row.name == name) for name in ("dense", "all"))
+    write_run(paths.run(dense, 0), seconds=100.0, history=[(50, 0.4), (100, 0.6)], right=[True, False])
+    write_run(paths.run(everything, 0), seconds=40.0, history=[(20, 0.6), (40, 0.7)], right=[True, True])
+    base, ours = reproduce.outcomes([dense, everything], [0], paths)
+    assert (base.time, base.time_to_dense, base.difference) == (1.0, 1.0, (0.0, 0.0, 0.0))
+    assert (ours.time, ours.time_to_dense, ours.not_encoded) == (0.4, 0.2, 0.25)
+    assert ours.difference[0] == 50.0
+    table = reproduce.render([base, ours], [0], ungrouped=400.0)
+    assert "| all | 100.0 (100.0 to 100.0) | +50.0 (" in table
+    assert "| 0.40 | 0.100 | 0.20 | 25% |" in table
+
+
+def test_a_row_that_never_reaches_dense_says_so(reproduce, tmp_path):
+    paths = reproduce.Paths(tmp_path / "data", tmp_path)
+    for row, accuracy in ((reproduce.ROWS[0], 0.6), (reproduce.ROWS[1], 0.5)):
+        write_run(paths.run(row, 0), seconds=10.0, history=[(10, accuracy)], right=[True])
+    found = list(reproduce.outcomes(reproduce.ROWS[:2], [0], paths))
+    assert found[1].time_to_dense is None
+    assert "| never |" in reproduce.render(found, [0], ungrouped=10.0)
+
+
+def test_subsets_come_from_the_run_with_everything_on_and_done_work_is_not_done_again(reproduce, tmp_path, monkeypatch):
+    called: list[tuple[str, ...]] = []
+
+    def sparsify(*arguments):
+        called.append(tuple(map(str, arguments)))
+        if arguments[0] == "train":
+            write_run(Path(arguments[3]), seconds=1.0, history=[(1, 0.5)], right=[True])
+            (Path(arguments[3]) / "predictions.json").unlink()
+        else:
+            Path(arguments[-1]).parent.mkdir(parents=True, exist_ok=True)
+            Path(arguments[-1]).write_text("[]", encoding="utf-8")
+
+    monkeypatch.setattr(reproduce, "sparsify", sparsify)
+    paths = reproduce.Paths(tmp_path / "data", tmp_path / "runs")
+    row = next(row for row in reproduce.ROWS if row.selector == "paper")
+    reproduce.train(row, 1, paths)
+    assert [call[0] for call in called] == ["select", "train", "eval"]
+    assert called[0][1] == str(tmp_path / "runs" / "all-1")
+    assert "--subset" in called[1]
+    assert called[1][-2:] == ("--seed", "1")
+    reproduce.train(row, 1, paths)
+    assert len(called) == 3
+
+
+def test_each_question_gets_a_video_of_its_own(reproduce, tmp_path):
+    source, root = tmp_path / "data", tmp_path / "each"
+    (source / "annotations").mkdir(parents=True)
+    (source / "videos").mkdir()
+    for name in ("a", "b"):
+        (source / "videos" / f"{name}.mp4").write_text(name, encoding="utf-8")
+    rows = [{"video_id": "a", "question_id": 1}, {"video_id": "a", "question_id": 2}]
+    (source / "annotations" / "avqa-train.json").write_text(json.dumps(rows), encoding="utf-8")
+    (source / "annotations" / "avqa-val.json").write_text('[{"video_id": "b", "question_id": 3}]', encoding="utf-8")
+    reproduce._ungroup(source, root)
+    train = json.loads((root / "annotations" / "avqa-train.json").read_text(encoding="utf-8"))
+    assert [row["video_id"] for row in train] == ["a-1", "a-2"]
+    assert sorted(p.name for p in (root / "videos").iterdir()) == ["a-1.mp4", "a-2.mp4", "b.mp4"]
+    assert (root / "videos" / "a-2.mp4").read_text(encoding="utf-8") == "a"
+
+
+def test_every_row_is_a_configuration(reproduce):
+    from sparsify.config import Config
+
+    for row in reproduce.ROWS:
+        config = Config.preset("demo").with_options([*reproduce.SETTING, *row.options])
+        assert config.dense == (row.name == "dense")
+        masked = {config.keep_at(epoch) for epoch in range(config.train.epochs)}
+        assert (0.5 in masked) == (row.name not in ("dense", "merging", "selection"))
