@@ -101,7 +101,7 @@ def seed(text: str) -> int:
 
 def build_parser() -> Parser:
     """The parser of the whole command line; the parsed arguments carry ``run``, the command's function."""
-    from sparsify.cli import ask, check, evaluate, info, select, synth, train
+    from sparsify.cli import ask, check, evaluate, info, report, select, synth, train
 
     parser = Parser(
         prog="sparsify",
@@ -113,6 +113,6 @@ def build_parser() -> Parser:
     commands = parser.add_subparsers(
         title="commands", metavar="COMMAND", dest="command", required=True, prog="sparsify"
     )
-    for command in (synth, check, train, evaluate, ask, select, info):
+    for command in (synth, check, train, evaluate, ask, select, report, info):
         command.add(commands)
     return parser

@@ -1,0 +1,143 @@
+"""From run folders to a report: one page, a PNG a chart, and what had to be computed, kept for the next time."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from sparsify.errors import UsageError
+from sparsify.report import figures, tables
+from sparsify.report._charts import CHART, Chart
+from sparsify.report.page import Picture, Section, Table, render
+from sparsify.report.published import V1, V2, edition_of
+from sparsify.report.runs import Group
+
+__all__ = ["build"]
+
+PAGE = "index.html"
+
+
+def build(groups: Sequence[Group], output: Path, data: Path | None = None) -> Path:
+    """Write the report on ``groups`` into the folder ``output`` and return its page."""
+    from matplotlib import rc_context
+
+    with rc_context(CHART):
+        sections = [
+            _types(groups, data),
+            _subsets(groups),
+            _time(groups),
+            _curves(groups),
+            _numbers(groups),
+        ]
+        for section in sections:
+            for chart in section.charts:
+                if isinstance(chart, Chart):
+                    _write(output / f"{chart.name}.png", chart)
+        page = render(_title(groups), _lead(groups), sections, "Made by `sparsify report` from the runs' own files.")
+    return _write_text(output / PAGE, page)
+
+
+def _finished(groups: Sequence[Group]) -> list[Group]:
+    """The groups as far as their runs are judged."""
+    kept = ((group, tuple(run for run in group.runs if run.evaluation is not None)) for group in groups)
+    return [Group(group.name, runs, group.number) for group, runs in kept if runs]
+
+
+def _types(groups: Sequence[Group], data: Path | None) -> Section:
+    judged: dict[str, list[Group]] = {}  # by the fingerprint of the split
+    for group in _finished(groups):
+        judged.setdefault(str(group.runs[0].fingerprint), []).append(group)
+    charts: list[Chart] = []
+    found: list[Table] = []
+    missing = [] if judged else ["No run is finished yet, so none is judged: go on with `sparsify train --resume`."]
+    for place, (fingerprint, alike) in enumerate(judged.items()):
+        edition = edition_of(alike[0].runs[0].by_type(), fingerprint, data)
+        published = {"v1": V1, "v2.0": V2}.get(edition or "", ())
+        charts.append(figures.radar(alike, published, "radar" if place == 0 else f"radar-{fingerprint}"))
+        found.append(tables.by_type(alike))
+        if edition and published:
+            found.append(tables.published_table(published, edition))
+        else:
+            missing.append(
+                f"Published systems are not shown: the runs were judged by the split {fingerprint}, which is not "
+                "MUSIC-AVQA's test split, so their numbers could not be compared."
+            )
+    lead = "What each run answers rightly, by what is asked, beside the floor: what one gets without looking or listening."
+    if len(judged) > 1:
+        lead += " The runs were judged by different splits, which are drawn apart."
+    return Section("types", "Accuracy by question type", lead, charts, found, missing)
+
+
+def _subsets(groups: Sequence[Group]) -> Section:
+    done = _finished(groups)
+    full, part = figures.full_groups(done)
+    if not part:
+        why = (
+            "No run here trained on a key subset. Choose one with `sparsify select RUN --size 25% --unit video`, train on "
+            "it with `sparsify train ROOT --subset FILE`, and name both runs to `sparsify report`."
+        )
+        return Section("subsets", "Full training set against key subsets", missing=[why])
+    charts = [figures.subsets(done)]
+    missing = [] if full else ["No run on the full training set is among these, so shares of it are unknown."]
+    lead = "How much of the accuracy is left when only a part of the questions is trained on."
+    return Section("subsets", "Full training set against key subsets", lead, charts, missing=missing)
+
+
+def _time(groups: Sequence[Group]) -> Section:
+    title = "Training time, dense against sparse"
+    if all(group.spread("train_seconds") is None for group in groups):
+        return Section("time", title, missing=["No epoch of any run is finished yet."])
+    missing = []
+    if not any(group.config.dense for group in groups):
+        missing.append(
+            "No dense run is among these, so there is no ratio to it: train one with `sparsify train ROOT --dense`."
+        )
+    return Section("time", title, charts=[figures.training_time(groups)], missing=missing)
+
+
+def _curves(groups: Sequence[Group]) -> Section:
+    title = "Accuracy over time"
+    if not any(run.history for group in groups for run in group.runs):
+        return Section("curves", title, missing=["No epoch of any run is finished yet."])
+    return Section("curves", title, charts=[figures.accuracy_over_time(groups)])
+
+
+def _numbers(groups: Sequence[Group]) -> Section:
+    return Section("numbers", "Every number", tables=[tables.all_runs(groups), tables.machines(groups)])
+
+
+def _title(groups: Sequence[Group]) -> str:
+    return "Sparsify: " + (groups[0].name if len(groups) == 1 else f"{len(groups)} settings compared")
+
+
+def _lead(groups: Sequence[Group]) -> str:
+    count = sum(len(group.runs) for group in groups)
+    return f"{count} run{'s' if count > 1 else ''}: " + "; ".join(
+        f"{group.name} (seed{'s' if len(group.runs) > 1 else ''} {', '.join(str(run.seed) for run in group.runs)})"
+        for group in groups
+    ) + "."
+
+
+def _write(path: Path, chart: Chart) -> None:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        chart.figure.savefig(partial, format="png", dpi=200)
+        os.replace(partial, path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+
+
+def _write_text(path: Path, text: str) -> Path:
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        os.replace(partial, path)
+    except OSError as error:
+        raise UsageError(f"--output {path.parent}: cannot be written: {error.strerror or error}") from error
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
+    return path
