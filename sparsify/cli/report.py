@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def add(commands: Any) -> None:
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run folders of `sparsify train`")
     parser.add_argument("--output", metavar="DIR", type=Path, default=Path("report"), help="folder of the page")
     parser.add_argument("--data", metavar="ROOT", type=Path, help="data folder that judged the runs")
+    parser.add_argument("--cache", metavar="DIR", type=Path, help="decoded clips (default: ROOT/cache)")
     parser.add_argument(
         "--label",
         metavar="RUN=NAME",
@@ -57,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     from sparsify.report.build import build
 
-    page = build(groups, args.output, args.data)
+    page = build(groups, args.output, args.data, cache=args.cache, quiet=not sys.stderr.isatty())
     print(page)
     return 0
 

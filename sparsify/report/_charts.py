@@ -76,36 +76,50 @@ def whisker(axes: Axes, position: float, low: float, high: float, *, vertical: b
     axes.plot(*line, color=INK, linewidth=1.3, solid_capstyle="butt", gid="whisker")
 
 
-def end_labels(axes: Axes, labels: Sequence[tuple[float, float, str, str]], *, gap: float) -> None:
-    """Texts (x, y, text, colour) right of the ends of lines, moved apart to ``gap`` (in units of y) where they touch."""
+def end_labels(axes: Axes, labels: Sequence[tuple[float, float, str, str]], *, right: float) -> None:
+    """Texts (x, y, text, colour) in a column at x = ``right``, each level with the end (x, y) of its line, or moved so
+    that none touches another; a hair leads from the end to its text. Needs the limits of ``axes`` set.
+    """
+    low, high = axes.get_ylim()
+    line = (high - low) * 0.175 / (axes.get_figure().get_figheight() - 0.8)  # type: ignore[union-attr]  # a line of text
     placed = sorted(labels, key=lambda label: label[1])
     heights = [label[1] for label in placed]
-    for _ in range(200):  # neighbours push each other away until all have their room
-        moved = False
-        for i in range(len(heights) - 1):
-            lack = gap - (heights[i + 1] - heights[i])
+    rooms = [line * (label[2].count("\n") + 1) + 0.25 * line for label in placed]
+    for _ in range(500):  # neighbours push each other away until all have their room
+        lacks = [(rooms[i] + rooms[i + 1]) / 2 - (heights[i + 1] - heights[i]) for i in range(len(heights) - 1)]
+        for i, lack in enumerate(lacks):
             if lack > 1e-9:
                 heights[i] -= lack / 2
                 heights[i + 1] += lack / 2
-                moved = True
-        if not moved:
+        shift = max(0.0, low + rooms[0] / 2 - heights[0]) if heights else 0.0
+        heights = [height + shift if i == 0 else height for i, height in enumerate(heights)]
+        if not shift and all(lack <= 1e-9 for lack in lacks):
             break
-    for (x, _, text, shade), height in zip(placed, heights, strict=True):
+    for (x, y, text, shade), height in zip(placed, heights, strict=True):
+        axes.plot([x, right], [y, height], color=shade, linewidth=0.7, alpha=0.6, clip_on=False, zorder=1, gid="leader")
         axes.annotate(
             text,
-            (x, height),
-            xytext=(8, 0),
+            (right, height),
+            xytext=(4, 0),
             textcoords="offset points",
             color=shade,
             va="center",
             fontsize=9,
+            linespacing=1.15,
             weight="bold",
             annotation_clip=False,
         )
 
 
 def wrap(text: str, width: int = 24) -> str:
-    """``text`` in lines of at most ``width`` characters."""
+    """``text`` in lines of at most ``width`` characters, broken after a comma where that fits."""
     import textwrap
 
+    parts = text.split(", ")
+    if len(text) > width and len(parts) > 1 and all(len(part) < width for part in parts):
+        lines = [parts[0]]
+        for part in parts[1:]:
+            joined = f"{lines[-1]}, {part}"
+            lines[-1:] = [joined] if len(joined) <= width else [f"{lines[-1]},", part]
+        return "\n".join(lines)
     return "\n".join(textwrap.wrap(text, width)) or text

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from sparsify.errors import UsageError
-from sparsify.report import figures, tables
+from sparsify.errors import SparsifyError, UsageError
+from sparsify.progress import progress_bar
+from sparsify.report import cost, figures, figures_cost, figures_probe, kept, probe, tables
 from sparsify.report._charts import CHART, Chart
-from sparsify.report.page import Picture, Section, Table, render
+from sparsify.report.asked import Asker
+from sparsify.report.page import Section, Table, render
 from sparsify.report.published import V1, V2, edition_of
 from sparsify.report.runs import Group
 
@@ -19,16 +22,43 @@ __all__ = ["build"]
 PAGE = "index.html"
 
 
-def build(groups: Sequence[Group], output: Path, data: Path | None = None) -> Path:
-    """Write the report on ``groups`` into the folder ``output`` and return its page."""
+def build(
+    groups: Sequence[Group],
+    output: Path,
+    data: Path | None = None,
+    *,
+    cache: Path | None = None,
+    quiet: bool = False,
+) -> Path:
+    """Write the report on ``groups`` into the folder ``output`` and return its page.
+
+    Args:
+        groups: from ``group_runs``.
+        output: an existing folder; its ``probe.json`` and ``cost.json`` keep what was computed.
+        data: the data folder that judged the runs; None leaves out what checkpoints would have to be asked.
+        cache: decoded clips; ``data/cache`` by default.
+        quiet: no progress bar.
+
+    Raises:
+        DataError: ``data`` is no data folder.
+        UsageError: ``output`` cannot be written.
+    """
     from matplotlib import rc_context
 
+    asker = Asker(groups, output, data, cache)
     with rc_context(CHART):
+        with progress_bar("ask checkpoints", asker.steps(), quiet=quiet or data is None) as advance:
+            asked = asker.sections(advance)
         sections = [
             _types(groups, data),
             _subsets(groups),
             _time(groups),
             _curves(groups),
+            _cost(groups, output),
+            asked["keep"],
+            asked["likeness"],
+            _kept(groups, data),
+            asked["examples"],
             _numbers(groups),
         ]
         for section in sections:
@@ -64,7 +94,9 @@ def _types(groups: Sequence[Group], data: Path | None) -> Section:
                 f"Published systems are not shown: the runs were judged by the split {fingerprint}, which is not "
                 "MUSIC-AVQA's test split, so their numbers could not be compared."
             )
-    lead = "What each run answers rightly, by what is asked, beside the floor: what one gets without looking or listening."
+    lead = (
+        "What each run answers rightly, by what is asked, beside the floor: what one gets without looking or listening."
+    )
     if len(judged) > 1:
         lead += " The runs were judged by different splits, which are drawn apart."
     return Section("types", "Accuracy by question type", lead, charts, found, missing)
@@ -75,8 +107,8 @@ def _subsets(groups: Sequence[Group]) -> Section:
     full, part = figures.full_groups(done)
     if not part:
         why = (
-            "No run here trained on a key subset. Choose one with `sparsify select RUN --size 25% --unit video`, train on "
-            "it with `sparsify train ROOT --subset FILE`, and name both runs to `sparsify report`."
+            "No run here trained on a key subset. Choose one with `sparsify select RUN --size 25% --unit video`, train "
+            "on it with `sparsify train ROOT --subset FILE`, and name both runs to `sparsify report`."
         )
         return Section("subsets", "Full training set against key subsets", missing=[why])
     charts = [figures.subsets(done)]
@@ -104,6 +136,53 @@ def _curves(groups: Sequence[Group]) -> Section:
     return Section("curves", title, charts=[figures.accuracy_over_time(groups)])
 
 
+def _cost(groups: Sequence[Group], output: Path) -> Section:
+    """A chart for every model among the groups: what differs in training alone costs a video the same."""
+    answers = probe.Answers(output / "cost.json")
+    charts = []
+    seen: dict[str, list[Group]] = {}
+    for group in groups:
+        config = group.config.to_dict()
+        parts = {key: config[key] for key in ("clip", "vision", "audio", "text", "fusion", "mask", "merge", "dense")}
+        parts["mask"] = parts["mask"] | {"epochs": None, "eval": None}
+        seen.setdefault(json.dumps(parts, sort_keys=True), []).append(group)
+    for number, (key, alike) in enumerate(seen.items(), 1):
+        config = alike[0].config
+        found = answers.get({"ask": "cost", "model": key}, lambda config=config: _plain(cost.count(config)))
+        variants = [cost.Variant(name, tuple(cost.Stage(*stage) for stage in stages)) for name, stages in found]
+        charts.append(figures_cost.by_stage(variants, ", ".join(g.name for g in alike), f"by_stage-{number}"))
+    lead = "What one video costs: how many tokens each stage works on, and how much it computes."
+    return Section("cost", "Tokens and operations by stage", lead, charts)
+
+
+def _plain(variants: Sequence[cost.Variant]) -> list[list]:
+    return [[variant.name, [list(stage) for stage in variant.stages]] for variant in variants]
+
+
+def _kept(groups: Sequence[Group], data: Path | None) -> Section:
+    title = "What the key subset keeps"
+    selecting = [group for group in groups if group.config.select.skip > 0 and not group.config.dense]
+    if not selecting:
+        why = (
+            "No run here skipped samples, so none knows which ones its epochs came back to: train one with "
+            "`sparsify train ROOT --skip 0.5`."
+        )
+        return Section("kept", title, missing=[why])
+    charts, found, missing = [], [], []
+    for group in selecting:
+        run = group.runs[0]
+        try:
+            subset = kept.kept_by_paper(run, data)
+        except (SparsifyError, OSError) as error:
+            missing.append(f"{group.name} is left out: {error}")
+            continue
+        charts.append(figures_probe.kept_by(subset, f"kept-{group.number + 1}", f"{group.name}, by {subset.unit}"))
+        rows = tuple((s.name, f"{s.asked:,}", f"{s.kept:,}", f"{100 * s.share:.1f}") for s in subset.templates)
+        found.append(tables.Table(f"{group.name}, by template", ("template", "asked", "kept", "percent"), rows))
+    lead = "The quarter of the samples that the paper's rule takes, from what the epochs of a run kept."
+    return Section("kept", title, lead if charts else "", charts, found, missing)
+
+
 def _numbers(groups: Sequence[Group]) -> Section:
     return Section("numbers", "Every number", tables=[tables.all_runs(groups), tables.machines(groups)])
 
@@ -114,10 +193,14 @@ def _title(groups: Sequence[Group]) -> str:
 
 def _lead(groups: Sequence[Group]) -> str:
     count = sum(len(group.runs) for group in groups)
-    return f"{count} run{'s' if count > 1 else ''}: " + "; ".join(
-        f"{group.name} (seed{'s' if len(group.runs) > 1 else ''} {', '.join(str(run.seed) for run in group.runs)})"
-        for group in groups
-    ) + "."
+    return (
+        f"{count} run{'s' if count > 1 else ''}: "
+        + "; ".join(
+            f"{group.name} (seed{'s' if len(group.runs) > 1 else ''} {', '.join(str(run.seed) for run in group.runs)})"
+            for group in groups
+        )
+        + "."
+    )
 
 
 def _write(path: Path, chart: Chart) -> None:

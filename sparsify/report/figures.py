@@ -1,4 +1,4 @@
-"""The charts that need nothing but finished runs: accuracy by type, key subsets, training time, validation over time."""
+"""The charts that need nothing but runs: accuracy by type, key subsets, training time, validation over time."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ GREY = "#8a929c"
 
 def radar(groups: Sequence[Group], published: Sequence[Published] = (), name: str = "radar") -> Chart:
     """Accuracy in percent by question type, a polygon a group; the floor grey; published systems thin and dashed."""
-    made = figure(7.2, 5.4)
+    lines = 1 + len(groups) + sum(1 for row in published if row.types)
+    made = figure(7.2, 5.6 + 0.21 * -(-lines // 2))
     axes = made.add_subplot(projection="polar")
     axes.set_theta_zero_location("N")  # type: ignore[attr-defined]
     axes.set_theta_direction(-1)  # type: ignore[attr-defined]
@@ -43,18 +44,21 @@ def radar(groups: Sequence[Group], published: Sequence[Published] = (), name: st
     for group in groups:
         values = [_percent(group.type_accuracy(kind)) for kind in kinds]
         shade, overall = colour(group.number), group.spread("accuracy")
-        label = f"{wrap(group.name, 30)} {_percent(overall):.1f} %"
+        label = f"{group.name} {_percent(overall):.1f} %"
         axes.plot(
-            around, [*values, values[0]], color=shade, marker=mark(group.number), ms=4.5, lw=1.9, label=label, zorder=4
+            around, [*values, values[0]], color=shade, marker=mark(group.number), ms=4, lw=1.6, label=label, zorder=4
         )
     axes.set_ylim(0, 100)
     axes.set_yticks([20, 40, 60, 80, 100], ["20", "40", "60", "80", "100 %"], color=FAINT, fontsize=8)
     axes.set_rlabel_position(20)  # type: ignore[attr-defined]
-    axes.set_xticks(angles, [kind.replace("/", "\n") for kind in kinds], color=INK, fontsize=9)
-    axes.tick_params(axis="x", pad=12)
+    axes.set_xticks(angles, [])
+    for angle, kind in zip(angles, kinds, strict=True):
+        side = "center" if abs(math.sin(angle)) < 0.4 else "left" if math.sin(angle) > 0 else "right"
+        up = "bottom" if math.cos(angle) > 0.9 else "top" if math.cos(angle) < -0.8 else "center"
+        axes.text(angle, 105, kind.replace("/", "\n"), ha=side, va=up, color=INK, fontsize=9)
     axes.grid(color="#dfe3e8", linewidth=0.7)
     axes.spines["polar"].set_color("#c8ced6")
-    made.legend(loc="outside right upper", frameon=False, fontsize=9, handlelength=2.6, labelspacing=0.8)
+    made.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9, handlelength=2.8, columnspacing=2.5)
     said = "; ".join(f"{g.name} {_percent(g.spread('accuracy')):.1f} % overall" for g in groups)
     return Chart(
         name,
@@ -75,7 +79,7 @@ def subsets(groups: Sequence[Group]) -> Chart:
     """Accuracy of runs on key subsets below that of the runs on everything, with the spread over seeds."""
     full, part = full_groups(groups)
     rows = [*full, *part]
-    made = figure(7.2, 1.1 + 0.46 * len(rows))
+    made = figure(7.2, 1.1 + 0.4 * len(full) + 0.56 * len(part))
     axes = made.add_subplot()
     most = max((_percent(group.spread("accuracy")) for group in full), default=None)
     largest = max((group.spread("train_questions") or Spread(0, 0, 0, 0)).mean for group in rows)
@@ -84,24 +88,34 @@ def subsets(groups: Sequence[Group]) -> Chart:
         found, size = group.spread("accuracy"), group.spread("train_questions")
         if found is None or size is None:
             continue
-        names.append(f"{wrap(group.name, 30)}\n{size.mean / largest:.0%} of the questions")
-        axes.barh(place, 100 * found.mean, height=0.62, color=colour(group.number), hatch="" if group in full else "///", edgecolor="white", lw=0)
+        part_of = f"\n{100 * size.mean / largest:.0f} % of the questions" if group in part else ""
+        names.append(wrap(group.name, 30) + part_of)
+        axes.barh(
+            place,
+            100 * found.mean,
+            height=0.62,
+            color=colour(group.number),
+            hatch="" if group in full else "///",
+            edgecolor="white",
+            lw=0,
+        )
         whisker(axes, place, 100 * found.low, 100 * found.high)
-        share = f"  ({found.mean * 100 / most:.0%} of the best full run)" if most and group in part else ""
-        axes.text(100 * found.high + 1, place, f"{100 * found.mean:.1f} %{_seeds(found)}{share}", va="center", fontsize=9)
+        share = f": {1e4 * found.mean / most:.0f} % of the best full run" if most and group in part else ""
+        axes.text(100 * found.high + 1, place, f"{100 * found.mean:.1f} %{share}", va="center", fontsize=9)
     floors = spread(run.floor for group in rows for run in group.runs)
     if floors is not None:
         axes.axvline(100 * floors.mean, color=GREY, linestyle="--", linewidth=1)
         axes.text(100 * floors.mean, -0.62, f"floor {100 * floors.mean:.1f} %", color=FAINT, ha="center", fontsize=8.5)
     axes.set_yticks(range(len(names)), names)
-    axes.set(xlim=(0, 128), ylim=(len(rows) - 0.4, -0.6), xticks=range(0, 101, 20))
+    axes.set(xlim=(0, 135), ylim=(len(rows) - 0.4, -0.6), xticks=range(0, 101, 20))
     axes.set_xlabel("accuracy on the judged split, percent")
     tidy(axes, grid="x")
     return Chart(
         "subsets",
         made,
         "Bars of accuracy: " + "; ".join(f"{g.name} {_percent(g.spread('accuracy')):.1f} %" for g in rows) + ".",
-        "Accuracy of runs trained on a part of the training questions, beside runs trained on all. Lines span the seeds.",
+        f"Accuracy of runs trained on a part of the training questions, beside runs trained on all. "
+        f"Means; lines span the seeds{_counts(rows)}.",
     )
 
 
@@ -121,28 +135,35 @@ def training_time(groups: Sequence[Group]) -> Chart:
         longest = max(longest, found.high / scale)
         axes.barh(place, found.mean / scale, height=0.6, color=colour(group.number))
         whisker(axes, place, found.low / scale, found.high / scale)
-        said = [f"{found.mean / scale:.1f} {unit}{_seeds(found)}"]
+        said = [f"{found.mean / scale:.1f} {unit}"]
         if base is not None and group is not dense:
             said.append(f"{found.mean / base.mean:.2f}x of dense")
         left_out = group.spread("not_encoded")
         if left_out is not None and group.config.select.skip > 0:
-            said.append(f"{left_out.mean:.0%} of the videos not encoded")
-        axes.text(found.high / scale, place, "  " + "\n  ".join([said[0], ", ".join(said[1:])]).rstrip(), va="center", fontsize=8.8, linespacing=1.25)
+            said.append(f"{100 * left_out.mean:.0f} % of the videos not encoded")
+        axes.text(
+            found.high / scale,
+            place,
+            "  " + "\n  ".join([said[0], ", ".join(said[1:])]).rstrip(),
+            va="center",
+            fontsize=8.8,
+            linespacing=1.25,
+        )
         reached = None if goal is None else spread(run.seconds_to(goal.mean) for run in group.runs)
-        if reached is not None:
-            axes.plot(reached.mean / scale, place, marker="|", color="white", ms=17, mew=2.2, gid="reached")
+        if reached is not None and group is not dense:
+            axes.plot(reached.mean / scale, place, "D", ms=6.5, mfc="white", mec=INK, mew=1.1, zorder=5, gid="reached")
     axes.set_yticks(range(len(timed)), [wrap(group.name, 26) for group in timed])
     axes.set(xlim=(0, 1.55 * longest), ylim=(len(timed) - 0.45, -0.55))
     axes.set_xlabel(f"training time, {unit} (without decoding and evaluation)")
     tidy(axes, grid="x")
-    note = " White stroke: when validation reached the dense run's final accuracy." if goal is not None else ""
+    note = " Diamond: when validation reached the dense run's best accuracy." if goal is not None else ""
     return Chart(
         "training_time",
         made,
         "Bars of training time: "
         + "; ".join(f"{g.name} {g.spread('train_seconds').mean / scale:.1f} {unit}" for g in timed)  # type: ignore[union-attr]
         + ".",
-        f"Training time of a run, mean over seeds; lines span the seeds.{note}",
+        f"Training time of a run, mean over seeds; lines span the seeds{_counts(timed)}.{note}",
     )
 
 
@@ -151,13 +172,16 @@ def accuracy_over_time(groups: Sequence[Group]) -> Chart:
     drawn = [group for group in groups if any(run.history for run in group.runs)]
     last = max(run.history[-1]["train_seconds"] for group in drawn for run in group.runs if run.history)
     unit, scale = _time_unit(last)
-    made = figure(7.2, 4.2)
+    made = figure(7.2, max(4.2, 1.0 + 0.42 * (len(drawn) + 1)))
     axes = made.add_subplot()
     labels = []
     low, high = 100.0, 0.0
     for group in drawn:
         curves = [
-            ([line["train_seconds"] / scale for line in run.history], [100 * line["val_accuracy"] for line in run.history])
+            (
+                [line["train_seconds"] / scale for line in run.history],
+                [100 * line["val_accuracy"] for line in run.history],
+            )
             for run in group.runs
             if run.history
         ]
@@ -168,22 +192,24 @@ def accuracy_over_time(groups: Sequence[Group]) -> Chart:
             for times, values in curves:
                 axes.plot(times, values, color=shade, linewidth=0.8, alpha=0.45)
         axes.plot(*mean, color=shade, linewidth=2, marker=mark(group.number), markersize=5)
-        labels.append((mean[0][-1], mean[1][-1], f"{wrap(group.name, 26)} {mean[1][-1]:.1f} %", shade))
+        labels.append((mean[0][-1], mean[1][-1], wrap(f"{group.name} {mean[1][-1]:.1f} %", 25), shade))
         low, high = min(low, *mean[1]), max(high, *mean[1])
     floors = spread(line["val_floor"] for group in drawn for run in group.runs for line in run.history[-1:])
     if floors is not None:
         axes.axhline(100 * floors.mean, color=GREY, linestyle="--", linewidth=1)
         labels.append((last / scale, 100 * floors.mean, f"floor {100 * floors.mean:.1f} %", FAINT))
         low = min(low, 100 * floors.mean)
-    end_labels(axes, labels, gap=(high - low) / 14)
-    axes.set(xlim=(0, 1.03 * last / scale), ylim=(max(0, low - 5), min(100, high + 5)))
+    axes.set(xlim=(0, 1.02 * last / scale), ylim=(max(0, low - 5), min(100, high + 5)))
+    end_labels(axes, labels, right=1.06 * last / scale)
     axes.set_xlabel(f"time trained, {unit}")
     axes.set_ylabel("accuracy on validation, percent")
     tidy(axes)
     return Chart(
         "accuracy_over_time",
         made,
-        "Lines of validation accuracy over training time, ending at " + "; ".join(label[2].replace("\n", " ") for label in labels) + ".",
+        "Lines of validation accuracy over training time, ending at "
+        + "; ".join(label[2].replace("\n", " ") for label in labels)
+        + ".",
         "Validation accuracy after each epoch, over the time trained so far. Thin: seeds; thick: their mean.",
     )
 
@@ -192,8 +218,12 @@ def _percent(found: Spread | None) -> float:
     return math.nan if found is None else 100 * found.mean
 
 
-def _seeds(found: Spread) -> str:
-    return f" ({found.count} seeds)" if found.count > 1 else ""
+def _counts(groups: Sequence[Group]) -> str:
+    """How many seeds there are: " (3 each)", or nothing where it is one."""
+    counts = {len(group.runs) for group in groups}
+    if counts == {1}:
+        return ""
+    return f" ({counts.pop()} each)" if len(counts) == 1 else f" ({min(counts)} to {max(counts)})"
 
 
 def _time_unit(seconds: float) -> tuple[str, float]:

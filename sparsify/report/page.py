@@ -20,7 +20,8 @@ html { -webkit-text-size-adjust: 100%; scroll-behavior: smooth; }
 body { margin: 0; background: #fff; color: var(--ink); font: 17px/1.55 system-ui, "Segoe UI", Roboto, sans-serif; }
 main { max-width: 46rem; margin: 0 auto; padding: 2.5rem 1.1rem 4rem; }
 h1 { font-size: 2rem; line-height: 1.2; margin: 0 0 .4rem; letter-spacing: -.01em; }
-h2 { font-size: 1.3rem; line-height: 1.3; margin: 3rem 0 .5rem; padding-top: 1.1rem; border-top: 1px solid var(--line); }
+h2 { font-size: 1.3rem; line-height: 1.3; margin: 3rem 0 .5rem; padding-top: 1.1rem;
+     border-top: 1px solid var(--line); }
 p { margin: .5rem 0; }
 .lead { color: var(--faint); margin-bottom: 1.4rem; }
 nav ol { margin: .4rem 0; padding-left: 1.4rem; columns: 2; column-gap: 2rem; font-size: .94rem; }
@@ -42,7 +43,8 @@ th { color: var(--faint); font-weight: 600; vertical-align: bottom; }
 th:first-child, td:first-child, .text { text-align: left; }
 footer { margin-top: 3rem; color: var(--faint); font-size: .85rem; }
 @media (max-width: 34rem) { body { font-size: 16px; } main { padding-top: 1.4rem; } nav ol { columns: 1; } }
-@media print { main { max-width: none; } h2 { break-after: avoid; } figure { break-inside: avoid; } img { min-width: 0; } }
+@media print { main { max-width: none; } h2 { break-after: avoid; } figure { break-inside: avoid; }
+               img { min-width: 0; } }
 """
 
 
@@ -50,7 +52,7 @@ footer { margin-top: 3rem; color: var(--faint); font-size: .85rem; }
 class Picture:
     """A picture that is a file already, with the words for those who do not see it."""
 
-    path: Path  # .png or .jpg
+    path: Path
     alt: str
     caption: str
 
@@ -116,12 +118,22 @@ def _section(section: Section) -> str:
 
 def _figure(chart: Chart | Picture) -> str:
     if isinstance(chart, Picture):
-        kind = "jpeg" if chart.path.suffix.lower() in (".jpg", ".jpeg") else "png"
-        source = _data_uri(f"image/{kind}", chart.path.read_bytes())
+        source = _data_uri("image/jpeg", _jpeg(chart.path))
     else:
         source = _data_uri("image/svg+xml", _svg(chart))
     image = f'<img src="{source}" alt="{html.escape(chart.alt, quote=True)}">'
     return f'<figure><div class="wide">{image}</div><figcaption>{_text(chart.caption)}</figcaption></figure>'
+
+
+def _jpeg(path: Path) -> bytes:
+    """The picture small enough for a page."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    with Image.open(path) as picture:
+        picture.thumbnail((1600, 1600))
+        picture.convert("RGB").save(buffer, "JPEG", quality=85, optimize=True)
+    return buffer.getvalue()
 
 
 def _svg(chart: Chart) -> bytes:

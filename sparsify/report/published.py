@@ -1,9 +1,9 @@
 """Published accuracies on MUSIC-AVQA's test split, each with its source, and whether a run was judged by that split.
 
-The numbers by question type were read from a table of a public repository that quotes them. What was checked here: for
-AVST, TSPM and QA-TIGER each is a whole number of right answers out of ``UPDATED_V1`` (so that is the release they used),
-and the modalities and the overall numbers of Sparsify and Amuse are those of their papers; which release the others used
-they do not say.
+The numbers by question type were read from a table that quotes them, not from the papers. What was checked: for AVST,
+TSPM and QA-TIGER each is a whole number of right answers out of ``UPDATED_V1``, so that is the release they used; the
+overall numbers of Sparsify and Amuse, and Sparsify's by modality, are those of the papers. Which release the others
+used is not known.
 """
 
 from __future__ import annotations
@@ -17,9 +17,7 @@ from sparsify.data.templates import TYPES
 __all__ = ["UPDATED_V1", "V1", "V2", "Published", "edition_of"]
 
 # Questions of each type in the updated v1 test file: no other split in circulation has these nine numbers.
-UPDATED_V1: dict[str, int] = dict(
-    zip(map(str, TYPES), (1017, 594, 1197, 1225, 988, 920, 1265, 1101, 822), strict=True)
-)
+UPDATED_V1: dict[str, int] = dict(zip(map(str, TYPES), (1017, 594, 1197, 1225, 988, 920, 1265, 1101, 822), strict=True))
 
 
 class Published(NamedTuple):

@@ -187,7 +187,7 @@ def describe(config: Config, subset: Subset | None) -> str:
 
 
 def group_runs(runs: Sequence[Run]) -> list[Group]:
-    """Groups in the order of their first run; one that is ``dense`` comes first, as what the others are held against."""
+    """Groups in the order of their first run; what is ``dense`` comes first: the others are held against it."""
     found: dict[str, dict[str, list[Run]]] = {}
     for run in runs:
         key = "" if run.named else json.dumps(_what(run), sort_keys=True)
@@ -201,7 +201,8 @@ def group_runs(runs: Sequence[Run]) -> list[Group]:
             members.append((f"{name} ({marks})" if marks else name, same))
     members.sort(key=lambda member: not member[1][0].config.dense)  # stable
     return [
-        Group(name, tuple(sorted(same, key=lambda run: run.seed)), number) for number, (name, same) in enumerate(members)
+        Group(name, tuple(sorted(same, key=lambda run: run.seed)), number)
+        for number, (name, same) in enumerate(members)
     ]
 
 

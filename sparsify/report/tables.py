@@ -13,7 +13,7 @@ from sparsify.report.runs import Group, Run, Spread
 
 __all__ = ["all_runs", "by_type", "machines", "published_table"]
 
-NONE = "–"
+NONE = "-"
 
 
 def by_type(groups: Sequence[Group]) -> Table:
@@ -92,7 +92,10 @@ def machines(groups: Sequence[Group]) -> Table:
                     str(machine.get("threads", NONE)),
                     str(machine.get("processes", NONE)),
                     results.get("precision", {}).get("name", NONE),
-                    *(results.get("splits", {}).get(name, {}).get("fingerprint", NONE) for name in ("train", "val", "test")),
+                    *(
+                        results.get("splits", {}).get(name, {}).get("fingerprint", NONE)
+                        for name in ("train", "val", "test")
+                    ),
                     str(run.folder),
                 )
             )

@@ -25,6 +25,7 @@ COMMANDS = {
     "eval": ["eval"],
     "ask": ["ask"],
     "select": ["select"],
+    "report": ["report"],
     "info": ["info"],
 }
 HEAVY = {"torch", "numpy", "rich", "av", "timm", "transformers", "matplotlib", "accelerate", "triton"}
