@@ -48,7 +48,7 @@ def count(config: Config) -> list[Variant]:
     plain = {"merge.enabled": False}
     variants = [_variant("dense", config.replace(dense=True), 1.0)]
     if keep < 1:
-        variants.append(_variant(f"masked, {keep:.0%} kept", sparse.replace(**plain), keep))
+        variants.append(_variant(f"masked, {100 * keep:g} % kept", sparse.replace(**plain), keep))
         variants.append(_variant("masked and merged", sparse.replace(**{"merge.enabled": True}), keep))
     else:
         variants.append(_variant("merged", sparse.replace(**{"merge.enabled": True}), keep))

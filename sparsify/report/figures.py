@@ -198,7 +198,7 @@ def accuracy_over_time(groups: Sequence[Group]) -> Chart:
     if floors is not None:
         axes.axhline(100 * floors.mean, color=GREY, linestyle="--", linewidth=1)
         labels.append((last / scale, 100 * floors.mean, f"floor {100 * floors.mean:.1f} %", FAINT))
-        low = min(low, 100 * floors.mean)
+        low, high = min(low, 100 * floors.mean), max(high, 100 * floors.mean)
     axes.set(xlim=(0, 1.02 * last / scale), ylim=(max(0, low - 5), min(100, high + 5)))
     end_labels(axes, labels, right=1.06 * last / scale)
     axes.set_xlabel(f"time trained, {unit}")

@@ -36,10 +36,10 @@ def accuracy_against(what: str, curves: Sequence[tuple[Group, Points]], floor: f
     if floor is not None:
         axes.axhline(100 * floor, color="#8a929c", linestyle="--", linewidth=1)
         labels.append((0, 100 * floor, f"floor {100 * floor:.1f} %", FAINT))
-        low = min(low, 100 * floor)
+        low, high = min(low, 100 * floor), max(high, 100 * floor)
     room = max(1.0, 0.08 * (high - low))
     right = 100.0 if what == "keep" else max(point[0] for _, points in curves for point in points)
-    axes.set(xlim=(0, 1.03 * right), ylim=(low - room, high + 1.6 * room))
+    axes.set(xlim=(0 if what == "keep" else -0.03 * right, 1.03 * right), ylim=(low - room, high + 1.6 * room))
     labels = [(right if x == 0 else x, y, text, shade) for x, y, text, shade in labels]
     end_labels(axes, labels, right=1.06 * right)
     axes.set_ylabel("accuracy, percent")

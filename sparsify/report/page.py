@@ -36,6 +36,7 @@ figcaption { color: var(--faint); font-size: .88rem; line-height: 1.45; margin-t
 .missing code { background: #e8ebef; }
 code { font: .88em ui-monospace, "SFMono-Regular", Consolas, monospace; background: #f0f2f5; padding: .08em .3em;
        border-radius: 3px; overflow-wrap: anywhere; }
+code span { white-space: nowrap; }
 table { border-collapse: collapse; font-size: .84rem; font-variant-numeric: tabular-nums; line-height: 1.35; }
 caption { text-align: left; font-weight: 600; padding: .9rem 0 .4rem; }
 th, td { padding: .32rem .7rem .32rem 0; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
@@ -163,6 +164,10 @@ def _table(table: Table) -> str:
 
 
 def _text(text: str) -> str:
-    """Escaped, with `code` marked as such."""
+    """Escaped, with `code` marked as such; a line may end between its words, not at a hyphen within one."""
     parts = html.escape(text).split("`")
-    return "".join(f"<code>{part}</code>" if i % 2 else part for i, part in enumerate(parts))
+    return "".join(f"<code>{_unbroken(part)}</code>" if i % 2 else part for i, part in enumerate(parts))
+
+
+def _unbroken(code: str) -> str:
+    return " ".join(f"<span>{word}</span>" if word.startswith("--") else word for word in code.split(" "))

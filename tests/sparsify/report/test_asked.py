@@ -57,7 +57,7 @@ def test_a_trained_run_fills_every_section_and_is_asked_once(
 
 def test_cost_is_that_of_the_model(tiny_config: Config) -> None:
     dense, masked, merged = cost.count(tiny_config)
-    assert [variant.name for variant in (dense, masked, merged)] == ["dense", "masked, 50% kept", "masked and merged"]
+    assert [variant.name for variant in (dense, masked, merged)] == ["dense", "masked, 50 % kept", "masked and merged"]
     first = dense.stages[0]
     side = tiny_config.vision.image_size // tiny_config.vision.patch_size
     assert (first.name, first.tokens) == ("frames, stage 1", tiny_config.clip.frames * side**2)

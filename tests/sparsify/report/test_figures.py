@@ -165,13 +165,21 @@ def test_accuracy_against_keep_and_fence(make_run: Make) -> None:
     assert [t for t in texts(fence) if t.isdecimal()] == ["5", "10", "20"]
 
 
+def test_a_floor_above_the_curve_is_on_the_axes(make_run: Make) -> None:
+    (group,) = groups(make_run("a", epochs=(0.2, 0.3), floor=0.66))
+    asked = figures_probe.accuracy_against("keep", [(group, [(1.0, 0.5, 12.0), (0.5, 0.5, 6.0)])], 0.66)
+    assert asked.figure.axes[0].get_ylim()[1] > 66
+    assert figures.accuracy_over_time([group]).figure.axes[0].get_ylim()[1] > 66
+
+
 def test_likeness_shows_percentiles() -> None:
     found = {
         "next frame, same place": [0.1, 0.4, 0.8, 0.9, 0.99],
         "another clip, same moment": [0.0, 0.1, 0.2, 0.3, 0.4],
     }
     axes = figures_probe.likeness(found, "likeness", "a run").figure.axes[0]
-    assert [(bar.get_x(), bar.get_width()) for bar in axes.patches] == pytest.approx([(0.4, 0.5), (0.1, 0.2)])
+    assert [bar.get_x() for bar in axes.patches] == pytest.approx([0.4, 0.1])
+    assert [bar.get_width() for bar in axes.patches] == pytest.approx([0.5, 0.2])
     assert [line.get_xdata()[0] for line in lines(axes, "median")] == [0.8, 0.2]
     assert [list(line.get_xdata()) for line in lines(axes)] == [[0.1, 0.99], [0.0, 0.4]]
 
