@@ -1,4 +1,4 @@
-# setup | demo | test | test-all | sanitize | lint | bench | clean. Each works from a fresh clone: it makes .venv, installs what it needs and runs.
+# setup | demo | reproduce | test | test-all | sanitize | lint | bench | clean. Each works from a fresh clone: it makes .venv, installs what it needs and runs.
 #
 #   PYTHON=python3.12 make test      another Python (3.10 or later); if it has torch >= 2.10, that torch is used as it is
 #   TORCH=torch==2.12.1 make setup   another torch, where the calling Python has none
@@ -20,7 +20,7 @@ DEMO_RUN ?= runs/demo
 # What two cores render in a minute or two. A clip costs the encoders the same however much is asked about it: ask much.
 DEMO_CLIPS ?= --train 3000 --questions 14 16 --eval-questions 8 9
 
-.PHONY: setup demo test test-all sanitize lint bench clean
+.PHONY: setup demo reproduce test test-all sanitize lint bench clean
 .DELETE_ON_ERROR:
 
 setup: $(VENV)/.avqa $(VENV)/.test $(VENV)/.bench $(VENV)/.dev
@@ -29,6 +29,9 @@ demo: $(VENV)/.avqa
 	test -e $(DEMO_DATA)/annotations/avqa-test.json || $(BIN)/sparsify synth $(DEMO_DATA) $(DEMO_CLIPS)
 	test -e $(DEMO_RUN)/results.json || $(BIN)/sparsify train $(DEMO_DATA) --preset demo --output $(DEMO_RUN)
 	$(BIN)/sparsify eval $(DEMO_RUN) $(DEMO_DATA) --localisation
+
+reproduce: $(VENV)/.avqa
+	$(BIN)/python -m benchmarks.reproduce
 
 test: $(VENV)/.avqa $(VENV)/.test
 	$(BIN)/python -m pytest -m "not slow"
@@ -47,6 +50,7 @@ lint: $(VENV)/.avqa $(VENV)/.test $(VENV)/.dev
 
 bench: $(VENV)/.avqa $(VENV)/.bench
 	$(BIN)/python -m pytest benchmarks --benchmark-only --benchmark-columns=median,iqr,rounds -s
+	$(BIN)/python -m benchmarks.end_to_end
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks .hypothesis

@@ -160,11 +160,10 @@ class Forward {
         places_.next(begin + i, [&](int64_t token) { rows_.template expect<T>(in_.qkv, 3, h, token); });
         rows_.expect(static_cast<const T*>(args_.output) + (places_.token(begin + i) * in_.heads + h) * in_.dim);
       }
-      multiply<A, false>(rows, padded / lanes, in_.dim, queries_ + begin * width, width, panel_, padded, logits_, padded,
-                         set);
+      multiply<A, false>(rows, padded / lanes, in_.dim, queries_ + begin * width, width, panel_, padded, logits_,
+                         padded, set);
       probabilities(begin, rows, factor);
-      multiply<A, false>(rows, width / lanes, count, logits_, padded, values_, width, output_, width,
-                         set);
+      multiply<A, false>(rows, width / lanes, count, logits_, padded, values_, width, output_, width, set);
       write<T>(begin, rows, h);
     }
   }

@@ -243,7 +243,8 @@ class Places {
       const __m512i slot = _mm512_load_si512(slot_ + j);
       const __m512 low = _mm512_permutex2var_ps(a, slot, b), high = _mm512_permutex2var_ps(c, slot, d);
       const __m512 value = _mm512_mask_blend_ps(_mm512_test_epi32_mask(slot, _mm512_set1_epi32(32)), low, high);
-      store<A>(to + j, load(to + j) + _mm512_maskz_mov_ps(_mm512_cmpge_epi32_mask(slot, _mm512_setzero_si512()), value));
+      store<A>(to + j,
+               load(to + j) + _mm512_maskz_mov_ps(_mm512_cmpge_epi32_mask(slot, _mm512_setzero_si512()), value));
     }
 #endif
   }
@@ -255,7 +256,7 @@ class Places {
   A *table_, *pairs_;
   Integer *at_, *part_, *slot_;  // of each token its place and region; of each place its token, or -1
   int64_t* seen_;
-  const A* bias_ = nullptr;  // of difference 0
+  const A* bias_ = nullptr;        // of difference 0
   const int64_t* next_ = nullptr;  // the tokens of the next window
   int64_t first_ = 0, count_ = 0, padded_ = 0, parts_ = 0, next_count_ = 0;
   bool all_ = false;  // token i at place i, none missing

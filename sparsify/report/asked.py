@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from sparsify.errors import SparsifyError
 from sparsify.progress import Advance
 from sparsify.report import figures_probe, probe
+from sparsify.report._charts import Chart
 from sparsify.report.page import Picture, Section
 from sparsify.report.runs import Group, Run
 
@@ -46,8 +47,10 @@ class Asker:
 
     def sections(self, advance: Advance) -> dict[str, Section]:
         """The three sections by their keys in ``TITLES``."""
-        keep, fence, pictures = [], [], []
-        likeness = []
+        keep: list[tuple[Group, list[tuple[float, float, float]]]] = []
+        fence: list[tuple[Group, list[tuple[float, float, float]]]] = []
+        likeness: list[Chart] = []
+        pictures: list[Picture] = []
         for group, run, judged in self._judged():
             config = judged.model.config
             what = group.name
@@ -72,7 +75,11 @@ class Asker:
             "likeness": "Cosine between tokens as they leave the encoders, over the first clips of the judged split.",
             "examples": "Clips of the judged split, what became of their tokens, and what the model answers.",
         }
-        parts = {"keep": (curves, no_fence), "likeness": (likeness, []), "examples": (pictures, no_picture)}
+        parts: dict[str, tuple[Sequence[Chart | Picture], list[str]]] = {
+            "keep": (curves, no_fence),
+            "likeness": (likeness, []),
+            "examples": (pictures, no_picture),
+        }
         return {
             key: Section(key, TITLES[key], leads[key] if charts else "", charts, missing=[*why, *self.why])
             for key, (charts, why) in parts.items()

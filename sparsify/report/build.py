@@ -6,8 +6,10 @@ import contextlib
 import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+from sparsify.config import Config
 from sparsify.errors import SparsifyError, UsageError
 from sparsify.progress import progress_bar
 from sparsify.report import cost, figures, figures_cost, figures_probe, kept, probe, tables
@@ -147,16 +149,17 @@ def _cost(groups: Sequence[Group], output: Path) -> Section:
         parts["mask"] = parts["mask"] | {"epochs": None, "eval": None}
         seen.setdefault(json.dumps(parts, sort_keys=True), []).append(group)
     for number, (key, alike) in enumerate(seen.items(), 1):
-        config = alike[0].config
-        found = answers.get({"ask": "cost", "model": key}, lambda config=config: _plain(cost.count(config)))
+        model = alike[0].config
+        found = answers.get({"ask": "cost", "model": key}, partial(_count, model))
         variants = [cost.Variant(name, tuple(cost.Stage(*stage) for stage in stages)) for name, stages in found]
         charts.append(figures_cost.by_stage(variants, ", ".join(g.name for g in alike), f"by_stage-{number}"))
     lead = "What one video costs: how many tokens each stage works on, and how much it computes."
     return Section("cost", "Tokens and operations by stage", lead, charts)
 
 
-def _plain(variants: Sequence[cost.Variant]) -> list[list]:
-    return [[variant.name, [list(stage) for stage in variant.stages]] for variant in variants]
+def _count(config: Config) -> list[list]:
+    """``cost.count`` as JSON has it."""
+    return [[variant.name, [list(stage) for stage in variant.stages]] for variant in cost.count(config)]
 
 
 def _kept(groups: Sequence[Group], data: Path | None) -> Section:
@@ -204,23 +207,23 @@ def _lead(groups: Sequence[Group]) -> str:
 
 
 def _write(path: Path, chart: Chart) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        chart.figure.savefig(partial, format="png", dpi=200)
-        os.replace(partial, path)
+        chart.figure.savefig(temporary, format="png", dpi=200)
+        os.replace(temporary, path)
     finally:
         with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
 
 
 def _write_text(path: Path, text: str) -> Path:
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        partial.write_text(text, encoding="utf-8")
-        os.replace(partial, path)
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
     except OSError as error:
         raise UsageError(f"--output {path.parent}: cannot be written: {error.strerror or error}") from error
     finally:
         with contextlib.suppress(OSError):
-            partial.unlink(missing_ok=True)
+            temporary.unlink(missing_ok=True)
     return path

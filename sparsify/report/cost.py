@@ -8,12 +8,16 @@ and only products of matrices are counted (``torch.utils.flop_counter`` and ``sp
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from sparsify.batch import Masking, Questions, Video
     from sparsify.config import Config
     from sparsify.model import SparsifyModel
+    from sparsify.model.audio import AudioEncoder
+    from sparsify.model.masking import KeptUnits
+    from sparsify.model.vision import VisionEncoder
 
 __all__ = ["QUESTIONS", "Stage", "Variant", "count"]
 
@@ -127,12 +131,13 @@ def _encoders(model: SparsifyModel, video: Video, masking: Masking | None) -> li
 
     from sparsify.model.masking import draw_units
 
-    kept = (None, None)
+    kept: Sequence[KeptUnits | None] = (None, None)
     if masking is not None:
         kept = draw_units(video, masking, model.config, model.vision.masked, model.audio.masked)
     stages = []
+    encoders: Sequence[VisionEncoder | AudioEncoder] = (model.vision, model.audio)
     for name, encoder, images, units in zip(
-        ("frames", "sound"), (model.vision, model.audio), (video.frames, video.mel), kept, strict=True
+        ("frames", "sound"), encoders, (video.frames, video.mel), kept, strict=True
     ):
         x: Any = None
         for stage in range(len(encoder.stage_dims)):

@@ -30,7 +30,7 @@ class Spread(NamedTuple):
     mean: float
     low: float
     high: float
-    count: int
+    seeds: int
 
 
 @dataclass(frozen=True)

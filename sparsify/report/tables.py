@@ -114,7 +114,7 @@ def _spread(found: Spread | None) -> str:
     if found is None:
         return NONE
     mean = f"{100 * found.mean:.2f}"
-    return mean if found.count == 1 else f"{mean} ({100 * found.low:.1f} to {100 * found.high:.1f})"
+    return mean if found.seeds == 1 else f"{mean} ({100 * found.low:.1f} to {100 * found.high:.1f})"
 
 
 def _time(seconds: float | None) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ from sparsify.cli import main
 from sparsify.config import Config
 from sparsify.data.music_avqa import DataRoot
 from sparsify.report import cost, probe
-from sparsify.training import evaluate
 
 pytestmark = pytest.mark.usefixtures("_silent_model")
 
@@ -49,7 +49,9 @@ def test_a_trained_run_fills_every_section_and_is_asked_once(
     }
     assert set(found) == {(1.0, 0.0), (0.5, 0.0), (1.0, 1.5)}
     assert found[1.0, 0.0] == results["evaluation"]["unmasked"]["accuracy"]
-    monkeypatch.setattr(evaluate, "evaluate_dataset", lambda *_, **__: pytest.fail("asked again"))
+    monkeypatch.setattr(
+        sys.modules["sparsify.training.evaluate"], "evaluate_dataset", lambda *_, **__: pytest.fail("asked again")
+    )
     monkeypatch.setattr(probe, "_neighbours", lambda *_: pytest.fail("asked again"))
     assert main(command) == 0
     assert (output / "index.html").read_text() == page

@@ -1,4 +1,4 @@
-"""Every fast backend of window_attention against what PyTorch computes, on sizes around its vectors, tiles and slabs."""
+"""Fast backends of window_attention against what PyTorch computes, on sizes around their vectors, tiles and slabs."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def eager(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
 def assert_as_accurate(shape: WindowShape, dtype: torch.dtype, form: dict[str, bool]) -> None:
     """Over several draws at once: a few numbers the eager form may hit by chance."""
     ours, plain, truth = (defaultdict(list) for _ in range(3))
-    for seed in range(1 if shape.tokens > 500 else 3):
+    for seed in range(1 if shape.tokens > 500 else 6):
         inputs = window_inputs(shape, dtype, **form, seed=seed)
         exact = eager(inputs, torch.float64)
         for found, results in ((ours, run(inputs)), (plain, eager(inputs, dtype)), (truth, exact)):
@@ -109,12 +109,16 @@ def assert_as_accurate(shape: WindowShape, dtype: torch.dtype, form: dict[str, b
         got, want = torch.stack(ours[name]), torch.stack(truth[name])
         if dtype == torch.float64:  # here the truth is no truer than we are: gradcheck is the judge
             torch.testing.assert_close(got, want, msg=lambda text, name=name: f"{name}: {text}")
+        elif name in ("dbias", "dscale"):  # sums over all windows: few numbers, whose largest error is a matter of luck
+            want = want.double()
+            error, allowed = (got - want).norm(), 2 * (torch.stack(plain[name]) - want).norm()
+            assert error <= allowed + torch.finfo(got.dtype).eps * want.norm(), f"{name}: error {error}, {allowed}"
         else:
             assert_accurate(got, eager=torch.stack(plain[name]), truth=want, what=name)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("shape", (*SHAPES, SLABS), ids=str)
+@pytest.mark.parametrize("shape", [*SHAPES, SLABS], ids=str)
 @pytest.mark.parametrize("form", FORMS)
 def test_results_and_gradients_are_as_accurate_as_asked(
     shape: WindowShape, dtype: torch.dtype, form: dict[str, bool]
@@ -172,7 +176,9 @@ def test_whole_windows_in_order(tokens: int) -> None:
     for windows in (moved, inputs["windows"]._replace(region=region)):
         changed = {**inputs, "windows": windows}
         assert_accurate(
-            run(changed)["output"], eager=eager(changed, torch.float32)["output"], truth=eager(changed, torch.float64)["output"]
+            run(changed)["output"],
+            eager=eager(changed, torch.float32)["output"],
+            truth=eager(changed, torch.float64)["output"],
         )
 
 
@@ -195,9 +201,7 @@ def test_parts_of_a_projection_and_expanded_gradients() -> None:
     assert_same(tuple(run(same).values()), tuple(run({**same, "qkv": same["qkv"].contiguous()}).values()))
     args, lse = operands(inputs), run(inputs)["lse"]
     one = torch.ones(()).expand(97, 2, 24)
-    assert_same(
-        BACKWARD["cpp"](one, *args, lse, True, ALL), BACKWARD["cpp"](one.contiguous(), *args, lse, True, ALL)
-    )
+    assert_same(BACKWARD["cpp"](one, *args, lse, True, ALL), BACKWARD["cpp"](one.contiguous(), *args, lse, True, ALL))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
@@ -258,7 +262,8 @@ def test_other_windows_change_no_bit(form: dict[str, bool]) -> None:
     for begin, end in zip(start.tolist(), start[1:].tolist(), strict=False):
         own, count = slice(begin, end), end - begin
         rows = member[own]
-        alone = Windows(torch.arange(count), torch.tensor([0, count]), place[own], None if region is None else region[own])
+        parts = None if region is None else region[own]
+        alone = Windows(torch.arange(count), torch.tensor([0, count]), place[own], parts)
         args = (inputs["qkv"][rows].clone(), inputs["bias"], inputs["scale"], *alone)
         output, lse = FORWARD["cpp"](*args, inputs["cosine"])
         assert_same((output, lse), (together["output"][rows], together["lse"][rows]))
@@ -266,7 +271,9 @@ def test_other_windows_change_no_bit(form: dict[str, bool]) -> None:
         assert_same(got[0], together["dqkv"][rows])
 
 
-@pytest.mark.parametrize("wanted", [[i == only for i in range(3)] for only in range(3)] + [[True, False, True]], ids=str)
+@pytest.mark.parametrize(
+    "wanted", [[i == only for i in range(3)] for only in range(3)] + [[True, False, True]], ids=str
+)
 @pytest.mark.parametrize("cosine", [False, True], ids=["dot", "cosine"])
 def test_a_gradient_wanted_alone_is_the_same(wanted: list[bool], cosine: bool) -> None:
     inputs = window_inputs(SLABS, scale=True, region=True, cosine=cosine)
@@ -288,7 +295,8 @@ def test_a_nan_stays_in_its_window() -> None:
         others = torch.cat((member[: start[1]], member[start[2] :]))
         for name in ("output", "lse", "dqkv"):
             assert_same(got[name][others], clean[name][others])
-            assert_same(got[name].select(-2 if name != "lse" else -1, 0), clean[name].select(-2 if name != "lse" else -1, 0))
+            heads = -1 if name == "lse" else -2
+            assert_same(got[name].select(heads, 0), clean[name].select(heads, 0))
         assert got["output"][member[start[1]], 1].isnan().any()
         assert got["dqkv"][member[start[1]], :, 1].isnan().any()
 
@@ -306,7 +314,7 @@ def test_every_pair_adds_to_the_gradient_of_its_own_difference(height: int, widt
         qkv[0, 2] = 4
         windows = Windows(torch.arange(2), torch.tensor([0, 2]), torch.tensor([one, other]), None)
         bias = torch.zeros(1, 2 * height - 1, 2 * width - 1, dtype=dtype)
-        output, lse = FORWARD["cpp"](qkv, bias, None, *windows, False)
+        _output, lse = FORWARD["cpp"](qkv, bias, None, *windows, False)
         grad = torch.tensor([1.0, 0.0], dtype=dtype).view(2, 1, 1)
         dbias = BACKWARD["cpp"](grad, qkv, bias, None, *windows, lse, False, ALL)[1]
         want = torch.zeros_like(bias)
@@ -365,7 +373,8 @@ def test_no_tokens() -> None:
 )
 def test_both_kernels_complain_in_the_words_of_the_reference(part: str, value: list[int], message: str) -> None:
     windows = Windows(torch.arange(5), torch.tensor([0, 2, 5]), torch.tensor([0, 1, 0, 1, 2]), None)
-    args = (torch.zeros(5, 3, 1, 2), torch.zeros(1, 3, 3), None, *windows._replace(**{part: torch.tensor(value)}), False)
+    bad = windows._replace(**{part: torch.tensor(value)})
+    args = (torch.zeros(5, 3, 1, 2), torch.zeros(1, 3, 3), None, *bad, False)
     for backend in ("cpp", "reference"):
         with pytest.raises((RuntimeError, ValueError)) as caught:
             FORWARD[backend](*args)

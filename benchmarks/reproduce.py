@@ -1,0 +1,241 @@
+"""The paper's comparison on the built-in data: what masking, merging and selection save, and what they cost.
+
+    python -m benchmarks.reproduce [--data DIR] [--output DIR] [--seeds N] [--only ROW...]
+
+Renders the data if it is not there, trains every row with every seed (one process each, nothing beside it), takes key
+subsets from the runs with everything on, answers the test split with each best checkpoint, and writes results.json,
+results.md and the report into OUTPUT. What is done is not done again: a run that was stopped goes on, a finished one is
+read.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+SIZE = ("--train", "1600", "--val", "150", "--test", "560", "--questions", "7", "8", "--eval-questions", "15", "16")
+SETTING = ("train.epochs=8", "mask.epochs=[0,-1]")  # the demo preset, otherwise
+SHARE = "25%"
+DRAWS = 2000  # of the bootstrap
+
+
+class Row(NamedTuple):
+    """One line of the comparison: what it changes in the preset, and the subset it trains on."""
+
+    name: str
+    options: tuple[str, ...]  # KEY=VALUE
+    selector: str | None = None  # of a key subset, taken from the row ``all`` with the same seed
+
+
+OFF = ("mask.epochs=[0,0]", "merge.enabled=false", "select.skip=0")
+ROWS = (
+    Row("dense", ("dense=true", "select.skip=0")),
+    Row("masking", (*OFF, "mask.epochs=[0,-1]")),
+    Row("merging", (*OFF, "merge.enabled=true")),
+    Row("selection", (*OFF, "select.skip=0.5")),
+    Row("all", ("select.skip=0.5",)),
+    Row("paper's schedule", ("mask.epochs=[0,3]", "select.skip=0.5", 'select.unit="question"')),
+    Row("random subset", (), "random"),
+    Row("paper's subset", (), "paper"),
+    Row("robust subset", (), "robust"),
+)
+
+
+class Paths(NamedTuple):
+    data: Path
+    output: Path
+
+    def run(self, row: Row, seed: int) -> Path:
+        return self.output / f"{row.name.replace(' ', '-').replace(chr(39), '')}-{seed}"
+
+
+def sparsify(*arguments: object) -> None:
+    """``sparsify ARGUMENTS`` in a process of its own, so that no run inherits another's memory or threads."""
+    done = subprocess.run([sys.executable, "-m", "sparsify", *map(str, arguments)], check=False)
+    if done.returncode:
+        raise SystemExit(done.returncode)
+
+
+def train(row: Row, seed: int, paths: Paths) -> None:
+    """Train ``row`` unless it is done; go on where it was stopped."""
+    run = paths.run(row, seed)
+    if not (run / "results.json").exists():
+        options: list[object] = [part for option in (*SETTING, *row.options) for part in ("--set", option)]
+        if row.selector is not None:
+            options += ["--subset", subset(row.selector, seed, paths)]
+        resume = ["--resume"] if (run / "config.json").exists() else [*options, "--seed", seed]
+        sparsify("train", paths.data, "--output", run, *resume)
+    if not predictions(run).exists():
+        sparsify("eval", run, paths.data, "--predictions", predictions(run))
+
+
+def subset(selector: str, seed: int, paths: Paths) -> Path:
+    """The key subset of the run ``all`` with this seed: ids of a quarter of the training videos."""
+    file = paths.output / f"subset-{selector}-{seed}.json"
+    if not file.exists():
+        source = paths.run(next(row for row in ROWS if row.name == "all"), seed)
+        options = ("--unit", "video", "--size", SHARE, "--selector", selector, "--seed", seed)
+        sparsify("select", source, *options, "--output", file)
+    return file
+
+
+def predictions(run: Path) -> Path:
+    return run / "predictions.json"
+
+
+def ungrouped_seconds(paths: Paths) -> float:
+    """Seconds of one dense epoch in which each question encodes its video anew, as published trainers do.
+
+    The same questions, each about a video of its own: a second root whose videos are links to the first one's.
+    """
+    root, run = paths.output / "ungrouped", paths.output / "ungrouped-dense"
+    if not (run / "results.json").exists():
+        _ungroup(paths.data, root)
+        options = [part for option in (*SETTING, "dense=true", "train.epochs=1") for part in ("--set", option)]
+        sparsify("train", root, "--output", run, "--cache", paths.data / "cache", *options)
+    return json.loads((run / "results.json").read_text(encoding="utf-8"))["seconds"]["train"]
+
+
+def _ungroup(source: Path, root: Path) -> None:
+    (root / "annotations").mkdir(parents=True, exist_ok=True)
+    (root / "videos").mkdir(exist_ok=True)
+    for split in ("train", "val"):
+        rows = json.loads((source / "annotations" / f"avqa-{split}.json").read_text(encoding="utf-8"))
+        for row in rows if split == "train" else []:
+            video = f"{row['video_id']}-{row['question_id']}"
+            link = root / "videos" / f"{video}.mp4"
+            if not link.exists():
+                link.symlink_to((source / "videos" / f"{row['video_id']}.mp4").resolve())
+            row["video_id"] = video
+        if split == "val":
+            for name in {row["video_id"] for row in rows}:
+                link = root / "videos" / f"{name}.mp4"
+                if not link.exists():
+                    link.symlink_to((source / "videos" / f"{name}.mp4").resolve())
+        (root / "annotations" / f"avqa-{split}.json").write_text(json.dumps(rows), encoding="utf-8")
+
+
+class Outcome(NamedTuple):
+    """A row over its seeds. Times are of training alone, in multiples of dense with the same seed."""
+
+    name: str
+    accuracy: list[float]  # of each seed, on test
+    seconds: list[float]
+    time: float  # mean over seeds
+    time_to_dense: float | None  # until the validation accuracy that dense ends with; None: some seed never gets there
+    not_encoded: float  # share of the videos of all epochs
+    difference: tuple[float, float, float]  # to dense, in points: mean, lower and upper end of the 95 % interval
+
+
+def outcomes(rows: Sequence[Row], seeds: Sequence[int], paths: Paths) -> Iterator[Outcome]:
+    dense = [_read(paths.run(ROWS[0], seed)) for seed in seeds]
+    right = [_right(paths.run(ROWS[0], seed)) for seed in seeds]
+    for row in rows:
+        runs = [_read(paths.run(row, seed)) for seed in seeds]
+        pairs = [(_right(paths.run(row, seed)), base) for seed, base in zip(seeds, right, strict=True)]
+        seconds = [run["seconds"]["train"] for run in runs]
+        reached = [
+            _seconds_to(run, base["history"][-1]["val_accuracy"]) / base["seconds"]["train"]
+            for run, base in zip(runs, dense, strict=True)
+            if _seconds_to(run, base["history"][-1]["val_accuracy"]) is not None
+        ]
+        yield Outcome(
+            row.name,
+            [run["evaluation"]["unmasked"]["accuracy"] for run in runs],
+            seconds,
+            statistics.fmean(s / base["seconds"]["train"] for s, base in zip(seconds, dense, strict=True)),
+            statistics.fmean(reached) if len(reached) == len(runs) else None,
+            statistics.fmean(run["selection"]["videos_skipped"] for run in runs),
+            bootstrap(pairs),
+        )
+
+
+def _read(run: Path) -> dict[str, Any]:
+    return json.loads((run / "results.json").read_text(encoding="utf-8"))
+
+
+def _right(run: Path) -> dict[int, bool]:
+    """Which questions of the test split were answered right."""
+    answers = json.loads(predictions(run).read_text(encoding="utf-8"))
+    return {answer["question_id"]: answer["correct"] for answer in answers}
+
+
+def _seconds_to(run: dict[str, Any], accuracy: float) -> float | None:
+    """Seconds of training until an epoch's validation accuracy was at least ``accuracy``."""
+    return next((line["train_seconds"] for line in run["history"] if line["val_accuracy"] >= accuracy), None)
+
+
+def bootstrap(pairs: Sequence[tuple[dict[int, bool], dict[int, bool]]], seed: int = 0) -> tuple[float, float, float]:
+    """Mean difference in points, and its 95 % interval: questions and seeds are drawn anew, ours and dense together.
+
+    ``pairs``: for each seed the right answers of a run and of dense, by question id.
+    """
+    ids = sorted(set.intersection(*({*ours} & {*base} for ours, base in pairs)))
+    differences = torch.tensor([[float(ours[i]) - float(base[i]) for i in ids] for ours, base in pairs])  # [S, Q]
+    draw = torch.Generator().manual_seed(seed)
+    means = torch.empty(DRAWS)
+    for n in range(DRAWS):
+        questions = torch.randint(len(ids), (len(ids),), generator=draw)
+        seeds = torch.randint(len(pairs), (len(pairs),), generator=draw)
+        means[n] = differences[seeds][:, questions].mean()
+    low, high = (100 * means.quantile(torch.tensor([0.025, 0.975]))).tolist()
+    return 100 * float(differences.mean()), low, high
+
+
+def render(found: Sequence[Outcome], seeds: Sequence[int], ungrouped: float) -> str:
+    """Markdown: a row each, with seeds' spread."""
+    dense = statistics.fmean(found[0].seconds)
+    lines = [
+        f"| row | test accuracy, % ({len(seeds)} seeds: mean, least to most) | against dense, points (95 %) "
+        "| training time / dense | / dense, each question encoding anew | time to dense's accuracy / dense "
+        "| videos not encoded |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in found:
+        percent = [100 * value for value in row.accuracy]
+        mean, low, high = row.difference
+        reached = "never" if row.time_to_dense is None else f"{row.time_to_dense:.2f}"
+        lines.append(
+            f"| {row.name} | {statistics.fmean(percent):.1f} ({min(percent):.1f} to {max(percent):.1f}) "
+            f"| {mean:+.1f} ({low:+.1f} to {high:+.1f}) | {row.time:.2f} | {row.time * dense / ungrouped:.3f} "
+            f"| {reached} | {row.not_encoded:.0%} |"
+        )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.reproduce", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--data", metavar="DIR", type=Path, default=Path("data/reproduce"))
+    parser.add_argument("--output", metavar="DIR", type=Path, default=Path("runs/reproduce"))
+    parser.add_argument("--seeds", metavar="N", type=int, default=3, help="runs a row (default: 3)")
+    parser.add_argument("--only", metavar="ROW", nargs="+", choices=[row.name for row in ROWS], help="these, and dense")
+    args = parser.parse_args(arguments)
+    paths, seeds = Paths(args.data, args.output), range(args.seeds)
+    if not (args.data / "annotations" / "avqa-test.json").exists():
+        sparsify("synth", args.data, *SIZE)
+    rows = [row for row in ROWS if args.only is None or row.name in ("dense", *args.only)]
+    needed = rows if not any(row.selector for row in rows) else [r for r in ROWS if r in rows or r.name == "all"]
+    for seed in seeds:
+        for row in needed:
+            train(row, seed, paths)
+    ungrouped = ungrouped_seconds(paths)
+    found = list(outcomes(rows, seeds, paths))
+    table = render(found, seeds, ungrouped)
+    (args.output / "results.md").write_text(table + "\n", encoding="utf-8")
+    (args.output / "results.json").write_text(json.dumps([row._asdict() for row in found], indent=1), encoding="utf-8")
+    print(table)
+    runs = [paths.run(row, seed) for row in rows for seed in seeds]
+    sparsify("report", *runs, "--data", args.data, "--output", args.output / "report")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
