@@ -99,7 +99,7 @@ def eager(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Tensor]:
 def assert_as_accurate(shape: WindowShape, dtype: torch.dtype, form: dict[str, bool]) -> None:
     """Over several draws at once: a few numbers the eager form may hit by chance."""
     ours, plain, truth = (defaultdict(list) for _ in range(3))
-    for seed in range(1 if shape.tokens > 500 else 6):
+    for seed in range(4 if shape.tokens > 500 else 6):
         inputs = window_inputs(shape, dtype, **form, seed=seed)
         exact = eager(inputs, torch.float64)
         for found, results in ((ours, run(inputs)), (plain, eager(inputs, dtype)), (truth, exact)):
@@ -109,11 +109,7 @@ def assert_as_accurate(shape: WindowShape, dtype: torch.dtype, form: dict[str, b
         got, want = torch.stack(ours[name]), torch.stack(truth[name])
         if dtype == torch.float64:  # here the truth is no truer than we are: gradcheck is the judge
             torch.testing.assert_close(got, want, msg=lambda text, name=name: f"{name}: {text}")
-        elif name in ("dbias", "dscale"):  # sums over all windows: few numbers, whose largest error is a matter of luck
-            want = want.double()
-            error, allowed = (got - want).norm(), 2 * (torch.stack(plain[name]) - want).norm()
-            assert error <= allowed + torch.finfo(got.dtype).eps * want.norm(), f"{name}: error {error}, {allowed}"
-        else:
+        elif name != "dscale" or dtype != torch.float32:  # one number a head and draw: see below
             assert_accurate(got, eager=torch.stack(plain[name]), truth=want, what=name)
 
 
@@ -124,6 +120,20 @@ def test_results_and_gradients_are_as_accurate_as_asked(
     shape: WindowShape, dtype: torch.dtype, form: dict[str, bool]
 ) -> None:
     assert_as_accurate(shape, dtype, form)
+
+
+@pytest.mark.parametrize("cosine", [False, True], ids=["dot", "cosine"])
+@pytest.mark.parametrize("shape", [WindowShape(33, 1, 8, 8, 1, 64), WindowShape(150, 1, 12, 13, 1, 17)], ids=str)
+def test_the_gradient_of_a_lone_scale_is_as_accurate_as_asked(shape: WindowShape, cosine: bool) -> None:
+    """In fp32, over a hundred draws: of a few numbers the eager form hits some by chance."""
+    found = []
+    for seed in range(100):
+        inputs = window_inputs(shape, torch.float32, scale=True, region=True, cosine=cosine, seed=seed)
+        exact, plain = eager(inputs, torch.float64), eager(inputs, torch.float32)
+        found.append([r["dscale"].double() for r in (run(inputs), plain, exact)])
+    ours, plain, truth = (torch.stack(rows) for rows in zip(*found, strict=True))
+    assert_accurate(ours.float(), eager=plain, truth=truth, what="dscale")
+    assert (ours - truth).norm() <= 1.5 * (plain - truth).norm()
 
 
 @pytest.mark.parametrize("isa", ["base", "avx2"])
