@@ -149,10 +149,9 @@ class Asker:
                 return True
 
             try:
-                if path.exists():
-                    self.answers.get(asked, compute)
-                else:
-                    compute()
+                if not path.exists():
+                    self.answers.forget(asked)
+                self.answers.get(asked, compute)
             except SparsifyError as error:
                 self.why.append(f"{video} is not shown: {error}")
                 continue

@@ -139,20 +139,23 @@ def _curves(groups: Sequence[Group]) -> Section:
 
 
 def _cost(groups: Sequence[Group], output: Path) -> Section:
-    """A chart for every model among the groups: what differs in training alone costs a video the same."""
+    """A chart for every architecture among the groups, masked as much as the group of it that masks most."""
+    from sparsify.training.evaluate import masked_keep
+
     answers = probe.Answers(output / "cost.json")
     charts = []
-    seen: dict[str, list[Group]] = {}
+    alike: dict[str, list[Group]] = {}
     for group in groups:
         config = group.config.to_dict()
-        parts = {key: config[key] for key in ("clip", "vision", "audio", "text", "fusion", "mask", "merge", "dense")}
-        parts["mask"] = parts["mask"] | {"epochs": None, "eval": None}
-        seen.setdefault(json.dumps(parts, sort_keys=True), []).append(group)
-    for number, (key, alike) in enumerate(seen.items(), 1):
-        model = alike[0].config
-        found = answers.get({"ask": "cost", "model": key}, partial(_count, model))
+        parts = {key: config[key] for key in ("clip", "vision", "audio", "text", "fusion", "merge")}
+        parts["merge"] = parts["merge"] | {"enabled": True}
+        alike.setdefault(json.dumps(parts, sort_keys=True), []).append(group)
+    for number, (key, members) in enumerate(alike.items(), 1):
+        keep, model = min(((masked_keep(group.config), group.config) for group in members), key=lambda pair: pair[0])
+        asked = {"ask": "cost", "model": key, "keep": keep, "mask": [model.mask.kind, model.mask.stratified]}
+        found = answers.get(asked, partial(_count, model))
         variants = [cost.Variant(name, tuple(cost.Stage(*stage) for stage in stages)) for name, stages in found]
-        charts.append(figures_cost.by_stage(variants, ", ".join(g.name for g in alike), f"by_stage-{number}"))
+        charts.append(figures_cost.by_stage(variants, "; ".join(group.name for group in members), f"by_stage-{number}"))
     lead = "What one video costs: how many tokens each stage works on, and how much it computes."
     return Section("cost", "Tokens and operations by stage", lead, charts)
 

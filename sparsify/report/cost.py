@@ -12,6 +12,8 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from sparsify.batch import Masking, Questions, Video
     from sparsify.config import Config
     from sparsify.model import SparsifyModel
@@ -44,19 +46,17 @@ class Variant(NamedTuple):
 
 
 def count(config: Config) -> list[Variant]:
-    """Dense, masked, and masked and merged, as far as ``config`` can be; with the same stages, in order."""
+    """Dense, masked, and masked and merged, with the same stages in order; by half, where ``config`` never masks."""
     from sparsify.training.evaluate import masked_keep
 
     sparse = config.replace(dense=False)
-    keep = masked_keep(sparse) if not config.dense else 0.5
-    plain = {"merge.enabled": False}
-    variants = [_variant("dense", config.replace(dense=True), 1.0)]
-    if keep < 1:
-        variants.append(_variant(f"masked, {100 * keep:g} % kept", sparse.replace(**plain), keep))
-        variants.append(_variant("masked and merged", sparse.replace(**{"merge.enabled": True}), keep))
-    else:
-        variants.append(_variant("merged", sparse.replace(**{"merge.enabled": True}), keep))
-    return variants
+    keep = masked_keep(sparse)
+    keep = keep if keep < 1 else 0.5
+    return [
+        _variant("dense", config.replace(dense=True), 1.0),
+        _variant(f"masked, {100 * keep:g} % kept", sparse.replace(**{"merge.enabled": False}), keep),
+        _variant("masked and merged", sparse.replace(**{"merge.enabled": True}), keep),
+    ]
 
 
 def _variant(name: str, config: Config, keep: float) -> Variant:
@@ -135,10 +135,11 @@ def _encoders(model: SparsifyModel, video: Video, masking: Masking | None) -> li
     if masking is not None:
         kept = draw_units(video, masking, model.config, model.vision.masked, model.audio.masked)
     stages = []
-    encoders: Sequence[VisionEncoder | AudioEncoder] = (model.vision, model.audio)
-    for name, encoder, images, units in zip(
-        ("frames", "sound"), encoders, (video.frames, video.mel), kept, strict=True
-    ):
+    parts: list[tuple[str, VisionEncoder | AudioEncoder, Tensor, KeptUnits | None]] = [
+        ("frames", model.vision, video.frames, kept[0]),
+        ("sound", model.audio, video.mel, kept[1]),
+    ]
+    for name, encoder, images, units in parts:
         x: Any = None
         for stage in range(len(encoder.stage_dims)):
             with FlopCounterMode(display=False) as counter:

@@ -53,8 +53,9 @@ class Answers:
             found = {}
         self._known: dict[str, Any] = found if isinstance(found, dict) else {}
 
-    def known(self, question: dict[str, Any]) -> bool:
-        return self._key(question) in self._known
+    def forget(self, question: dict[str, Any]) -> None:
+        """So that it is asked anew: what the answer stood for is gone."""
+        self._known.pop(self._key(question), None)
 
     def get(self, question: dict[str, Any], compute: Callable[[], Any]) -> Any:
         """The answer to ``question``, which is what ``compute`` returned when it was first asked."""

@@ -49,10 +49,8 @@ def test_a_trained_run_fills_every_section_and_is_asked_once(
     }
     assert set(found) == {(1.0, 0.0), (0.5, 0.0), (1.0, 1.5)}
     assert found[1.0, 0.0] == results["evaluation"]["unmasked"]["accuracy"]
-    monkeypatch.setattr(
-        sys.modules["sparsify.training.evaluate"], "evaluate_dataset", lambda *_, **__: pytest.fail("asked again")
-    )
-    monkeypatch.setattr(probe, "_neighbours", lambda *_: pytest.fail("asked again"))
+    for module, name in (("training.evaluate", "evaluate_dataset"), ("report.probe", "_neighbours"), ("ask", "ask")):
+        monkeypatch.setattr(sys.modules[f"sparsify.{module}"], name, lambda *_, **__: pytest.fail("asked again"))
     assert main(command) == 0
     assert (output / "index.html").read_text() == page
 

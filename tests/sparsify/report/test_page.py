@@ -37,7 +37,7 @@ def test_the_page_needs_nothing_beside_it(make_run: Make, tmp_path: Path, capsys
     assert all(source.startswith(("data:image/", "#")) for source in sources)
     assert not re.search(r"<script|<link|@import|url\(", page)
     images = re.findall(r"<img [^>]*>", page)
-    assert len(images) == 5  # radar, time, curves, and cost of dense and sparse
+    assert len(images) == 4  # radar, time, curves, and the cost of the model that both are
     assert all(re.search(r'alt="[^"]{20,}"', image) for image in images)
     anchors = re.findall(r'href="#([^"]*)"', page)
     assert len(anchors) == 10
