@@ -32,7 +32,7 @@ def by_type(groups: Sequence[Group]) -> Table:
 def published_table(rows: Sequence[Published], edition: str) -> Table:
     """Published overall accuracies with their sources."""
     return Table(
-        f"Published, MUSIC-AVQA {edition} test, percent",
+        f"Published, MUSIC-AVQA {edition} test, percent (by type: as a comparison table quotes the sources)",
         ("system", "overall", "source"),
         tuple((row.name, f"{row.overall:.2f}", row.source) for row in rows),
         text=(2,),
