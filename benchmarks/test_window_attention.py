@@ -43,7 +43,7 @@ STAGES = {
 
 
 class Case(NamedTuple):
-    """The tensors of one stage: kept tokens sorted by window, and everything that the baselines are given ready-made."""
+    """The tensors of one stage: kept tokens sorted by window, and what the baselines are given ready-made."""
 
     qkv: Tensor  # [N, 3, H, 32]
     bias: Tensor  # [H, 15, 15]

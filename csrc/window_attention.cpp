@@ -286,10 +286,11 @@ void add_slabs(ScalarType dtype, const Part* from, int64_t count, int64_t length
 }
 
 // dqkv, dbias, dscale; [0] where not wanted.
-std::tuple<Tensor, Tensor, Tensor> window_attention_backward(
-    const Tensor& grad, const Tensor& qkv, const Tensor& bias, const std::optional<Tensor>& scale, const Tensor& member,
-    const Tensor& start, const Tensor& place, const std::optional<Tensor>& region, const Tensor& lse, bool cosine,
-    const std::vector<bool>& wanted) {
+std::tuple<Tensor, Tensor, Tensor> window_attention_backward(const Tensor& grad, const Tensor& qkv, const Tensor& bias,
+                                                             const std::optional<Tensor>& scale, const Tensor& member,
+                                                             const Tensor& start, const Tensor& place,
+                                                             const std::optional<Tensor>& region, const Tensor& lse,
+                                                             bool cosine, const std::vector<bool>& wanted) {
   Arguments given(qkv, bias, scale, member, start, place, region, cosine);
   const WindowInputs& in = given.in;
   check(grad, "grad", qkv.scalar_type(), {in.tokens, in.heads, in.dim});
