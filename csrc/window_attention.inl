@@ -92,6 +92,19 @@ class Rows {
   const int64_t width_;
 };
 
+// C = A B, or C += A B where there are no `zeros` [vectors * width], as in multiply(). Long sums are made of short
+// ones: added up one by one, their terms would be rounded more and more.
+template <class A, bool kTransposed>
+inline void product(int64_t rows, int64_t vectors, int64_t depth, const A* a, int64_t a_row, const A* b, int64_t b_row,
+                    A* c, int64_t c_row, const A* zeros) {
+  constexpr int64_t kShort = sizeof(A) == 8 ? 8 : 32;
+  for (int64_t k = 0; k < depth; k += kShort) {
+    const Finish<A> finish{k == 0 ? zeros : nullptr, A{1}};
+    multiply<A, kTransposed>(rows, vectors, smaller(kShort, depth - k), a + (kTransposed ? k * a_row : k), a_row,
+                             b + k * b_row, b_row, c, c_row, finish);
+  }
+}
+
 template <class A>
 class Forward {
  public:
@@ -144,7 +157,6 @@ class Forward {
   void window(int64_t h) {
     const int64_t count = places_.count(), width = rows_.width(), padded = places_.padded();
     const A factor = rows_.factor(h);
-    const Finish<A> set{zeros_, A{1}};
     rows_.template read<T>(in_.qkv, 0, h, places_, queries_);
     rows_.template read<T>(in_.qkv, 1, h, places_, keys_);
     rows_.template read<T>(in_.qkv, 2, h, places_, values_);
@@ -160,10 +172,10 @@ class Forward {
         places_.next(begin + i, [&](int64_t token) { rows_.template expect<T>(in_.qkv, 3, h, token); });
         rows_.expect(static_cast<const T*>(args_.output) + (places_.token(begin + i) * in_.heads + h) * in_.dim);
       }
-      multiply<A, false>(rows, padded / lanes, in_.dim, queries_ + begin * width, width, panel_, padded, logits_,
-                         padded, set);
+      product<A, false>(rows, padded / lanes, in_.dim, queries_ + begin * width, width, panel_, padded, logits_, padded,
+                        zeros_);
       probabilities(begin, rows, factor);
-      multiply<A, false>(rows, width / lanes, count, logits_, padded, values_, width, output_, width, set);
+      product<A, false>(rows, width / lanes, count, logits_, padded, values_, width, output_, width, zeros_);
       write<T>(begin, rows, h);
     }
   }

@@ -112,13 +112,12 @@ class Backward {
   template <class T>
   void tile(int64_t begin, int64_t rows, int64_t h) {
     const int64_t count = places_.count(), width = rows_.width(), padded = places_.padded();
-    const Finish<A> add{nullptr, A{1}};
     gradients_of_logits<T>(begin, rows, h);
     if (args_.dqkv != nullptr) {
-      multiply<A, true>(count, width / lanes, rows, weights_, padded, grad_rows_ + begin * width, width, grad_values_,
-                        width, add);
-      multiply<A, true>(count, width / lanes, rows, grads_, padded, queries_ + begin * width, width, grad_keys_, width,
-                        add);
+      product<A, true>(count, width / lanes, rows, weights_, padded, grad_rows_ + begin * width, width, grad_values_,
+                       width, nullptr);
+      product<A, true>(count, width / lanes, rows, grads_, padded, queries_ + begin * width, width, grad_keys_, width,
+                       nullptr);
     }
     for (int64_t i = 0; i < rows && args_.dbias != nullptr; ++i) {
       places_.add_pairs(begin + i, grads_ + i * padded);
@@ -126,8 +125,7 @@ class Backward {
     if (!products_) {
       return;
     }
-    multiply<A, false>(rows, width / lanes, count, grads_, padded, keys_, width, grad_queries_, width,
-                       Finish<A>{zeros_, A{1}});
+    product<A, false>(rows, width / lanes, count, grads_, padded, keys_, width, grad_queries_, width, zeros_);
     for (int64_t i = 0; i < rows; ++i) {
       const A *grad = grad_queries_ + i * width, *query = queries_ + (begin + i) * width;
       if (args_.dscale != nullptr) {
@@ -143,7 +141,6 @@ class Backward {
   template <class T>
   void gradients_of_logits(int64_t begin, int64_t rows, int64_t h) {
     const int64_t padded = places_.padded(), width = rows_.width();
-    const Finish<A> set{zeros_, A{1}};
     for (int64_t i = 0; i < rows; ++i) {
       places_.next(begin + i, [&](int64_t token) {
         rows_.template expect<T>(in_.qkv, 3, h, token);
@@ -153,10 +150,10 @@ class Backward {
         rows_.expect(gradient<T>(part, begin + i, h));
       }
     }
-    multiply<A, false>(rows, padded / lanes, in_.dim, queries_ + begin * width, width, key_panel_, padded, weights_,
-                       padded, set);
-    multiply<A, false>(rows, padded / lanes, in_.dim, grad_rows_ + begin * width, width, value_panel_, padded, grads_,
-                       padded, set);
+    product<A, false>(rows, padded / lanes, in_.dim, queries_ + begin * width, width, key_panel_, padded, weights_,
+                      padded, zeros_);
+    product<A, false>(rows, padded / lanes, in_.dim, grad_rows_ + begin * width, width, value_panel_, padded, grads_,
+                      padded, zeros_);
     for (int64_t i = 0; i < rows; i += kTogether<A>) {
       probabilities(begin, i, smaller(kTogether<A>, rows - i), h);
     }
@@ -180,6 +177,17 @@ class Backward {
       }
     }
     together<A, Add<A>>(total, sum);
+    together<A, Add<A>>(mean, middle);
+    for (int64_t r = 0; r < rows; ++r) {  // where all gradients are alike, the mean's rounding is all there is
+      A* grad = grads_ + (i + r) * padded;
+      const A along = middle[r] / sum[r];
+      mean[r] = Vector<A>{};
+      for (int64_t j = 0; j < padded; j += lanes) {
+        const Vector<A> apart = load(grad + j) - along;
+        store(grad + j, apart);
+        mean[r] += load(weights_ + (i + r) * padded + j) * apart;
+      }
+    }
     together<A, Add<A>>(mean, middle);
     for (int64_t r = 0; r < rows; ++r) {
       A *weight = weights_ + (i + r) * padded, *grad = grads_ + (i + r) * padded;

@@ -22,7 +22,8 @@ class Places {
         most_(rounded_up(in.most, lanes)),
         scratch_(bytes()),
         table_(scratch_.take<A>(dense_ ? kDensePlaces * kDensePlaces : 0)),
-        pairs_(scratch_.take<A>(dense_ ? kDensePlaces * kDensePlaces : in.table())),
+        pairs_(scratch_.take<A>(dense_ ? kDensePlaces * kDensePlaces : 0)),
+        sums_(scratch_.take<double>(in.table())),
         at_(scratch_.take<Integer>(most_)),
         part_(scratch_.take<Integer>(most_)),
         slot_(scratch_.take<Integer>(kDensePlaces)),
@@ -99,7 +100,8 @@ class Places {
 
   // Called before the first window of a head whose pairs are to be added up.
   void begin_pairs() {
-    fill(pairs_, dense_ ? kDensePlaces * kDensePlaces : in_.table(), A{0});
+    fill(pairs_, dense_ ? kDensePlaces * kDensePlaces : 0, A{0});
+    fill(sums_, in_.table(), 0.0);
   }
 
   // Called before the first pairs of a window.
@@ -121,27 +123,25 @@ class Places {
         return spread(from, pairs_ + at_[i] * kDensePlaces);
       }
     }
-    A* row = pairs_ + origin() + at_[i];
+    double* row = sums_ + origin() + at_[i];
     for (int64_t j = 0; j < count_; ++j) {
-      row[-static_cast<int64_t>(at_[j])] += from[j];
+      row[-static_cast<int64_t>(at_[j])] += static_cast<double>(from[j]);
     }
   }
 
   // What was added up for each difference of places.
-  void end_pairs(A* to) const {
-    if (!dense_) {
-      __builtin_memcpy(to, pairs_, static_cast<size_t>(in_.table()) * sizeof(A));
-      return;
-    }
-    fill(to, in_.table(), A{0});
-    for (int64_t i = 0; i < in_.height * in_.width; ++i) {
+  void end_pairs(A* to) {
+    for (int64_t i = 0; i < in_.height * in_.width && dense_; ++i) {
       for (int64_t row = 0; row < in_.height; ++row) {
         const A* from = pairs_ + i * kDensePlaces + row * in_.width;
-        A* sum = to + origin() + offset(i) - row * in_.columns();
+        double* sum = sums_ + origin() + offset(i) - row * in_.columns();
         for (int64_t column = 0; column < in_.width; ++column) {
-          sum[-column] += from[column];
+          sum[-column] += static_cast<double>(from[column]);
         }
       }
+    }
+    for (int64_t i = 0; i < in_.table(); ++i) {
+      to[i] = static_cast<A>(sums_[i]);
     }
   }
 
@@ -151,8 +151,8 @@ class Places {
 
   // What the constructor takes, with room for rounding each piece up.
   int64_t bytes() const {
-    const int64_t tables = dense_ ? 2 * kDensePlaces * kDensePlaces : in_.table();
-    return (tables + 2 * most_ + kDensePlaces) * static_cast<int64_t>(sizeof(A)) + most_ * 8 + 8 * 64;
+    const int64_t tables = dense_ ? 2 * kDensePlaces * kDensePlaces : 0;
+    return (tables + 2 * most_ + kDensePlaces) * static_cast<int64_t>(sizeof(A)) + (in_.table() + most_) * 8 + 9 * 64;
   }
 
   // Where a place stands in the table, from that of place 0; differences of offsets are those of places.
@@ -254,6 +254,7 @@ class Places {
   const int64_t most_;
   Scratch scratch_;
   A *table_, *pairs_;
+  double* sums_;
   Integer *at_, *part_, *slot_;  // of each token its place and region; of each place its token, or -1
   int64_t* seen_;
   const A* bias_ = nullptr;        // of difference 0

@@ -122,7 +122,11 @@ def test_as_accurate_as_the_oracle_asks(shape: WindowShape, dtype: torch.dtype, 
     with poisoned_memory():
         ours = window_attention(**inputs)
     assert ours.dtype == dtype
-    assert_accurate(ours, eager=window_attention_eager(**inputs), truth=window_attention_oracle(**inputs))
+    truth = window_attention_oracle(**inputs)
+    if dtype == torch.float64:  # the truth is no truer than we are
+        torch.testing.assert_close(ours, truth, rtol=1e-13, atol=1e-13)
+    else:
+        assert_accurate(ours, eager=window_attention_eager(**inputs), truth=truth)
 
 
 @pytest.mark.parametrize("dtype", [d for d in DTYPES if d != torch.float64])  # in fp64 gradcheck is the judge
