@@ -46,19 +46,13 @@ def _attention_scores_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor | None,
-    key_bias: Tensor | None,
-    query_valid: Tensor | None,
-    key_valid: Tensor | None,
-    output: Tensor,
-    lse: Tensor,
-    scale: float | None,
-    wanted: list[bool],
+    *rest: Any,
     **_: Any,
 ) -> int:
-    through_output = grad_output is not None and v is not None
-    into_logits = wanted[0] or wanted[1] or wanted[3]
+    wanted = rest[-1]  # gradients of q, k, v and the key bias
     products = q.shape[3] * (1 + wanted[0] + wanted[1])  # q k^T again, dq, dk
-    if through_output:
+    if grad_output is not None:
+        into_logits = wanted[0] or wanted[1] or wanted[3]
         products += _width(v) * (into_logits + wanted[2])  # gO v^T, P^T gO
     return 2 * _pairs(q, k) * products
 
@@ -78,19 +72,9 @@ def _window_attention(
 
 @register_flop_formula(_OPS.window_attention_backward, get_raw=True)
 def _window_attention_backward(
-    grad: Tensor,
-    qkv: Tensor,
-    bias: Tensor,
-    scale: Tensor | None,
-    member: Tensor,
-    start: Tensor,
-    place: Tensor,
-    region: Tensor | None,
-    lse: Tensor,
-    cosine: bool,
-    wanted: list[bool],
-    **_: Any,
+    grad: Tensor, qkv: Tensor, bias: Tensor, scale: Tensor | None, member: Tensor, start: Tensor, *rest: Any, **_: Any
 ) -> int:
+    wanted = rest[-1]  # gradients of qkv, bias and scale
     products = 2 + 3 * wanted[0]  # q k^T again, gO v^T; dq, dk, dv
     return 2 * _pairs_in_windows(start) * qkv.shape[2] * products * qkv.shape[3]
 

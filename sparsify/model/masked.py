@@ -33,6 +33,7 @@ _MAX_LOGIT_SCALE = math.log(100)  # Swin-V2, section 3.2: temperatures are at le
 class _Masked:
     """What both wrappers are: stages of blocks over packed tokens."""
 
+    encoder: Any  # the library's module
     grid: int  # mask units along one side of an image
     unit_tokens: list[int]  # tokens along one side of a unit, in the blocks of each stage
     cuts: list[list[Cut]]  # of each block of each stage
@@ -49,13 +50,17 @@ class _Masked:
         return self.finish(x)
 
     def embed(self, units: Tensor) -> Tensor:
-        raise NotImplementedError
+        """Pixels of kept units, normalised, [M, channels, unit, unit], as patch embeddings [M * u * u, C]."""
+        x = self.encoder.patch_embed.proj(units).flatten(2).transpose(1, 2)  # [M, u * u, C]
+        return self.encoder.patch_embed.norm(x).flatten(0, 1)
 
     def stage(self, index: int, x: Tensor, plan: UnitPlan) -> Tensor:
+        """Stage ``index``: [N, C] -> [N', C']."""
         raise NotImplementedError
 
     def finish(self, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """The last norm: [N, C]."""
+        return self.encoder.norm(x)
 
     def _lay_out(self, name: str, side: int, patch: int, unit: int, cuts: list[list[tuple[int, int]]]) -> None:
         """Take the geometry over: ``side`` tokens along an image, windows and shifts of every block; refuse what
@@ -89,7 +94,7 @@ class MaskedSwinV2(_Masked):
     """
 
     def __init__(self, swin: Any, unit: int) -> None:
-        self.swin = swin
+        self.encoder = swin
         (height, width), (patch, other) = swin.patch_embed.img_size, swin.patch_embed.patch_size
         if height != width or patch != other:
             raise ValueError(
@@ -102,14 +107,9 @@ class MaskedSwinV2(_Masked):
         cuts = [[(window, shift) for window, _, shift, _ in layer] for layer in blocks]
         self._lay_out("MaskedSwinV2", height // patch, patch, unit, cuts)
 
-    def embed(self, units: Tensor) -> Tensor:
-        """Normalised pixels [M, 3, unit, unit] as patch embeddings [M * u * u, C]."""
-        x = self.swin.patch_embed.proj(units).flatten(2).transpose(1, 2)  # [M, u * u, C]
-        return self.swin.patch_embed.norm(x).flatten(0, 1)
-
     def stage(self, index: int, x: Tensor, plan: UnitPlan) -> Tensor:
         """Stage ``index``: patch merging (but in the first), then its blocks. [N, C] -> [N', C']."""
-        layer = self.swin.layers[index]
+        layer = self.encoder.layers[index]
         if index:
             before = self.unit_tokens[index - 1]
             x = layer.downsample(x.view(-1, before, before, x.shape[-1])).flatten(0, 2)
@@ -117,9 +117,6 @@ class MaskedSwinV2(_Masked):
             again = layer.grad_checkpointing and layer.training
             x = _perhaps_checkpointed(again, _swin_block, block, x, plan, cut)
         return x
-
-    def finish(self, x: Tensor) -> Tensor:
-        return self.swin.norm(x)
 
 
 class MaskedHTSAT(_Masked):
@@ -131,7 +128,7 @@ class MaskedHTSAT(_Masked):
     """
 
     def __init__(self, htsat: Any, unit: int) -> None:
-        self.htsat = htsat
+        self.encoder = htsat
         embed = htsat.patch_embed
         (height, width), patch = embed.img_size, embed.proj.kernel_size
         if htsat.enable_fusion:
@@ -154,14 +151,9 @@ class MaskedHTSAT(_Masked):
             raise ValueError(f"MaskedHTSAT: windows of {window} tokens are larger than a grid of {side} x {side}")
         return window, 0 if window == side else int(block.shift_size)
 
-    def embed(self, units: Tensor) -> Tensor:
-        """Log-mels after the batch norm, [M, 1, unit, unit], as patch embeddings [M * u * u, C]."""
-        x = self.htsat.patch_embed.proj(units).flatten(2).transpose(1, 2)  # [M, u * u, C]
-        return self.htsat.patch_embed.norm(x).flatten(0, 1)
-
     def stage(self, index: int, x: Tensor, plan: UnitPlan) -> Tensor:
         """Stage ``index``: its blocks, then patch merging (but in the last). [N, C] -> [N', C']."""
-        layer = self.htsat.layers[index]
+        layer = self.encoder.layers[index]
         for block, cut in zip(layer.blocks, self.cuts[index], strict=True):
             x = _perhaps_checkpointed(
                 layer.gradient_checkpointing and layer.training, _htsat_block, block, x, plan, cut
@@ -170,9 +162,6 @@ class MaskedHTSAT(_Masked):
             u = self.unit_tokens[index]
             x = layer.downsample(x.view(-1, u * u, x.shape[-1]), (u, u)).flatten(0, 1)
         return x
-
-    def finish(self, x: Tensor) -> Tensor:
-        return self.htsat.norm(x)
 
 
 _Wrapper = TypeVar("_Wrapper", bound=_Masked)
