@@ -1,21 +1,26 @@
 """The paper's comparison on the built-in data: what masking, merging and selection save, and what they cost.
 
-    python -m benchmarks.reproduce [--data DIR] [--output DIR] [--seeds N] [--only ROW...]
+    python -m benchmarks.reproduce [--data DIR] [--output DIR] [--seeds N] [--jobs N] [--only ROW...]
 
-Renders the data if it is not there, trains every row with every seed (one process each, nothing beside it), takes key
-subsets from the runs with everything on, answers the test split with each best checkpoint, and writes results.json,
-results.md and the report into OUTPUT. What is done is not done again: a run that was stopped goes on, a finished one is
-read.
+Renders the data if it is not there, trains every row with every seed (one process each), takes key subsets from the
+runs with everything on, answers the test split with each best checkpoint, and writes results.json, results.md and the
+report into OUTPUT. What is done is not done again: a run that was stopped goes on, a finished one is read.
+
+Without a GPU there is one run for every core, each on one thread, as models of this size use cores best. All runs but
+the last then have neighbours that do the same kind of work, so their times compare.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -52,16 +57,34 @@ ROWS = (
 class Paths(NamedTuple):
     data: Path
     output: Path
+    jobs: int = 1  # runs at a time
 
     def run(self, row: Row, seed: int) -> Path:
         return self.output / f"{row.name.replace(' ', '-').replace(chr(39), '')}-{seed}"
 
 
-def sparsify(*arguments: object) -> None:
-    """``sparsify ARGUMENTS`` in a process of its own, so that no run inherits another's memory or threads."""
-    done = subprocess.run([sys.executable, "-m", "sparsify", *map(str, arguments)], check=False)
+def sparsify(*arguments: object, jobs: int = 1) -> None:
+    """``sparsify ARGUMENTS`` in a process of its own, with its share of the cores where ``jobs`` run at a time."""
+    threads = {} if jobs == 1 else {"OMP_NUM_THREADS": str(max(1, cores() // jobs))}
+    command = [sys.executable, "-m", "sparsify", *map(str, arguments)]
+    done = subprocess.run(command, check=False, env=os.environ | threads)
     if done.returncode:
         raise SystemExit(done.returncode)
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def at_once(tasks: Sequence[Callable[[], object]], jobs: int) -> None:
+    """Run ``tasks``, ``jobs`` at a time and begun in their order; the first that fails ends it all."""
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            for future in [pool.submit(task) for task in tasks]:
+                future.result()
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            raise
 
 
 def train(row: Row, seed: int, paths: Paths) -> None:
@@ -72,9 +95,9 @@ def train(row: Row, seed: int, paths: Paths) -> None:
         if row.selector is not None:
             options += ["--subset", subset(row.selector, seed, paths)]
         resume = ["--resume"] if (run / "config.json").exists() else [*options, "--seed", seed]
-        sparsify("train", paths.data, "--output", run, *resume)
+        sparsify("train", paths.data, "--output", run, *resume, jobs=paths.jobs)
     if not predictions(run).exists():
-        sparsify("eval", run, paths.data, "--predictions", predictions(run))
+        sparsify("eval", run, paths.data, "--predictions", predictions(run), jobs=paths.jobs)
 
 
 def subset(selector: str, seed: int, paths: Paths) -> Path:
@@ -100,7 +123,7 @@ def ungrouped_seconds(paths: Paths) -> float:
     if not (run / "results.json").exists():
         _ungroup(paths.data, root)
         options = [part for option in (*SETTING, "dense=true", "train.epochs=1") for part in ("--set", option)]
-        sparsify("train", root, "--output", run, "--cache", paths.data / "cache", *options)
+        sparsify("train", root, "--output", run, "--cache", paths.data / "cache", *options, jobs=paths.jobs)
     return json.loads((run / "results.json").read_text(encoding="utf-8"))["seconds"]["train"]
 
 
@@ -216,16 +239,24 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--data", metavar="DIR", type=Path, default=Path("data/reproduce"))
     parser.add_argument("--output", metavar="DIR", type=Path, default=Path("runs/reproduce"))
     parser.add_argument("--seeds", metavar="N", type=int, default=3, help="runs a row (default: 3)")
+    parser.add_argument(
+        "--jobs",
+        metavar="N",
+        type=int,
+        default=1 if torch.cuda.is_available() else cores(),
+        help="runs at a time, each with its share of the cores (default: one a core; 1 with a GPU)",
+    )
     parser.add_argument("--only", metavar="ROW", nargs="+", choices=[row.name for row in ROWS], help="these, and dense")
     args = parser.parse_args(arguments)
-    paths, seeds = Paths(args.data, args.output), range(args.seeds)
+    paths, seeds = Paths(args.data, args.output, max(1, args.jobs)), range(args.seeds)
     if not (args.data / "annotations" / "avqa-test.json").exists():
         sparsify("synth", args.data, *SIZE)
     rows = [row for row in ROWS if args.only is None or row.name in ("dense", *args.only)]
     needed = rows if not any(row.selector for row in rows) else [r for r in ROWS if r in rows or r.name == "all"]
-    for seed in seeds:
-        for row in needed:
-            train(row, seed, paths)
+    first = [partial(train, row, seed, paths) for seed in seeds for row in needed if row.selector is None]
+    subsets = [partial(train, row, seed, paths) for seed in seeds for row in needed if row.selector is not None]
+    at_once(first, paths.jobs)
+    at_once([partial(ungrouped_seconds, paths), *subsets], paths.jobs)
     ungrouped = ungrouped_seconds(paths)
     found = list(outcomes(rows, seeds, paths))
     table = render(found, seeds, ungrouped)

@@ -7,6 +7,7 @@ import importlib.metadata
 import json
 import os
 import platform
+import subprocess
 import time
 from dataclasses import dataclass, replace
 from datetime import timedelta
@@ -369,6 +370,18 @@ def _machine(accelerator: Accelerator) -> dict[str, Any]:
 
 def _versions() -> dict[str, str]:
     packages = ("torch", "timm", "transformers", "accelerate", "av")
-    return {"sparsify": sparsify.__version__, "python": platform.python_version()} | {
-        package: importlib.metadata.version(package) for package in packages
-    }
+    found = {"sparsify": sparsify.__version__, "python": platform.python_version()}
+    if (commit := _commit()) is not None:
+        found["commit"] = commit
+    return found | {package: importlib.metadata.version(package) for package in packages}
+
+
+def _commit() -> str | None:
+    """The commit that this package runs from, "-dirty" where files differ from it; None outside a checkout of it."""
+    folder = Path(sparsify.__file__).parent
+    if not (folder.parent / ".git").exists():  # installed: a repository further up would be someone else's
+        return None
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        describe = ["git", "-C", str(folder), "describe", "--always", "--abbrev=12", "--dirty", "--exclude=*"]
+        return subprocess.run(describe, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    return None

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import subprocess
 import sys
+import threading
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 
@@ -82,7 +85,7 @@ def test_a_row_that_never_reaches_dense_says_so(reproduce, tmp_path):
 def test_subsets_come_from_the_run_with_everything_on_and_done_work_is_not_done_again(reproduce, tmp_path, monkeypatch):
     called: list[tuple[str, ...]] = []
 
-    def sparsify(*arguments):
+    def sparsify(*arguments, jobs=1):
         called.append(tuple(map(str, arguments)))
         if arguments[0] == "train":
             write_run(Path(arguments[3]), seconds=1.0, history=[(1, 0.5)], right=[True])
@@ -127,3 +130,35 @@ def test_every_row_is_a_configuration(reproduce):
         assert config.dense == (row.name == "dense")
         masked = {config.keep_at(epoch) for epoch in range(config.train.epochs)}
         assert (0.5 in masked) == (row.name not in ("dense", "merging", "selection"))
+
+
+def test_runs_at_once_begin_in_order_and_the_first_failure_ends_them(reproduce):
+    begun: list[int] = []
+    together = threading.Barrier(2, timeout=10)
+
+    def task(number: int) -> None:
+        begun.append(number)
+        together.wait()  # passes only where two run at a time
+        if number == 2:
+            raise SystemExit(3)
+
+    reproduce.at_once([partial(task, 0), partial(task, 1)], 2)
+    assert sorted(begun) == [0, 1]
+    with pytest.raises(SystemExit):
+        reproduce.at_once([partial(task, 2), partial(task, 2), *(partial(begun.append, 9) for _ in range(50))], 2)
+    assert begun.count(9) < 50
+
+
+def test_each_of_several_runs_has_its_share_of_the_cores(reproduce, monkeypatch):
+    seen: list[str | None] = []
+
+    def run(command, check, env):
+        seen.append(env.get("OMP_NUM_THREADS"))
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(reproduce.subprocess, "run", run)
+    monkeypatch.setattr(reproduce, "cores", lambda: 6)
+    for jobs in (1, 2, 8):
+        reproduce.sparsify("info", jobs=jobs)
+    assert seen == [None, "3", "1"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import sparsify
 from sparsify.config import Config
 from sparsify.data.music_avqa import DataRoot
 from sparsify.errors import CheckpointError, TrainingError
@@ -83,6 +85,8 @@ def test_the_run_folder_and_its_results(run: Run, tiny_config: Config, tiny_root
         sum(results["seconds"][k] for k in ("prepare", "train", "evaluate", "save"))
     )
     assert results["versions"]["torch"] == torch.__version__.partition("+")[0] or "+" in results["versions"]["torch"]
+    if (Path(sparsify.__file__).parents[1] / ".git").exists():
+        assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?", results["versions"]["commit"])
     again = evaluate(SparsifyModel.from_pretrained(folder / "best"), tiny_root, "test", precision="fp32")
     assert again.accuracy == results["evaluation"]["unmasked"]["accuracy"]
 
