@@ -1,8 +1,9 @@
 """Plan a split: which scenes, and which of the questions they answer are asked, so that no answer is a good guess.
 
-The template asked least so far comes first, with its most missing answer; scenes are drawn until one gives that
-answer; then the scene's other questions fill whatever else lacks most. Answers are kept level for each template and
-for each filled question ("Is there a violin sound?").
+Types are asked as often as in MUSIC-AVQA, templates of a type alike. The template furthest behind its due comes first,
+with its most missing answer; scenes are drawn until one gives that answer; then the scene's other questions fill
+whatever else lacks most. Answers are kept level for each template and for each filled question ("Is there a violin
+sound?").
 """
 
 from __future__ import annotations
@@ -18,9 +19,10 @@ from sparsify.synth.plans import plan_for
 from sparsify.synth.questions import COUNTS, Candidate, candidates_of
 from sparsify.synth.scene import Scene
 
-__all__ = ["PlannedClip", "plan_split"]
+__all__ = ["TYPE_PERCENT", "PlannedClip", "plan_split"]
 
 TRIES = 40  # scenes drawn for one wanted answer before another answer is wanted
+AHEAD = 1.3  # times its due that a template is asked at most: some scenes answer one kind of question many times over
 HARD = 0.5  # share of the draws that prefer a question which eye or ear alone would get wrong
 
 
@@ -30,6 +32,29 @@ class PlannedClip:
 
     scene: Scene
     questions: tuple[Candidate, ...]
+
+
+# How often each type is asked, in percent: in MUSIC-AVQA v1, by its validation file.
+TYPE_PERCENT: dict[tuple[str, ...], float] = {
+    ("Audio", "Counting"): 11.2,
+    ("Audio", "Comparative"): 6.5,
+    ("Visual", "Counting"): 13.1,
+    ("Visual", "Location"): 13.4,
+    ("Audio-Visual", "Existential"): 10.8,
+    ("Audio-Visual", "Location"): 10.1,
+    ("Audio-Visual", "Counting"): 13.9,
+    ("Audio-Visual", "Comparative"): 12.0,
+    ("Audio-Visual", "Temporal"): 9.0,
+}
+
+
+def _dues() -> dict[str, float]:
+    """How often each template, by its text, is to be asked: as a multiple of the average one."""
+    templates = Counter(tuple(t.type) for t in TEMPLATES)
+    return {
+        t.text: TYPE_PERCENT[tuple(t.type)] / templates[tuple(t.type)] * len(TEMPLATES) / sum(TYPE_PERCENT.values())
+        for t in TEMPLATES
+    }
 
 
 def _shares(start: str, *counts: float) -> tuple[str, dict[str, float]]:
@@ -69,6 +94,7 @@ class _Ledger:
     """Counts of what was asked and answered so far, by the template's text."""
 
     def __init__(self) -> None:
+        self.dues = _dues()
         self.shares = {t.text: _answer_shares(t) for t in TEMPLATES}
         self.asked: Counter[str] = Counter()
         self.answered: Counter[tuple[str, str]] = Counter()
@@ -81,6 +107,10 @@ class _Ledger:
         self.answered[text, c.answer] += 1
         self.filled[text, c.values] += 1
         self.filled_answered[text, c.values, c.answer] += 1
+
+    def ahead(self, text: str) -> float:
+        """How often a template was asked, by its due: the same for all when each has had its share."""
+        return self.asked[text] / self.dues[text]
 
     def missing(self, text: str, answer: str) -> float:
         """How many answers short of its share ``answer`` is, once one more question is asked."""
@@ -132,17 +162,20 @@ def plan_split(
 
 
 def _by_need(ledger: _Ledger, rng: random.Random) -> list[Template]:
-    """The templates, the least asked first, in random order where they tie."""
-    return sorted(TEMPLATES, key=lambda t: (ledger.asked[t.text], rng.random()))
+    """The templates, those furthest behind their due first, in random order where they tie."""
+    return sorted(TEMPLATES, key=lambda t: (ledger.ahead(t.text), rng.random()))
 
 
 def _further_question(
     ledger: _Ledger, rng: random.Random, candidates: dict[str, list[Candidate]], chosen: list[Candidate], repeats: int
 ) -> Candidate | None:
     """The most needed of a scene's ``candidates`` (by template) from a template ``chosen`` less than ``repeats``
-    times."""
+    times; None when only those are left that were asked more than ``AHEAD`` times their due."""
     asked = Counter(c.template.text for c in chosen)
+    most = AHEAD * sum(ledger.asked.values()) / len(TEMPLATES) + 1
     for template in _by_need(ledger, rng):
+        if ledger.ahead(template.text) > most:
+            break
         if asked[template.text] < repeats:
             fitting = [c for c in candidates[template.text] if c not in chosen and ledger.fits(c)]
             if fitting:

@@ -30,7 +30,7 @@ __all__ = ["Progress", "render_clips", "settle", "write"]
 Progress = Callable[[int, int], None]
 Job = tuple[dict[str, Any], str, int]  # Scene.to_dict(), path, frames a second
 
-VERSION = 2  # of what a seed renders to: a set written by another version is another data set
+VERSION = 3  # of what a seed renders to: a set written by another version is another data set
 SPLITS = ("train", "val", "test")
 SETTINGS = "synth.json"
 REPEATS = 3  # questions from one template about a training clip

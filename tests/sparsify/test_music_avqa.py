@@ -335,3 +335,10 @@ def test_the_real_validation_file(real_val):
     assert sum(map(len, real_val.videos.values())) == 4568
     assert Counter(map(len, real_val.videos.values()))[1] < len(real_val.videos)  # some have more than one
     assert not any("<" in q.text or "\uff1f" in q.text or q.text != q.text.strip() for q in real_val.questions)
+
+
+def test_the_built_in_set_asks_types_as_often(real_val):
+    from sparsify.synth.planning import TYPE_PERCENT
+
+    count = Counter(tuple(question.type) for question in real_val.questions)
+    assert {kind: round(100 * n / count.total(), 1) for kind, n in count.items()} == TYPE_PERCENT
