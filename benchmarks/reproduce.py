@@ -26,8 +26,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-SIZE = ("--train", "1600", "--val", "150", "--test", "560", "--questions", "7", "8", "--eval-questions", "15", "16")
-SETTING = ("train.epochs=8", "mask.epochs=[0,-1]")  # the demo preset, otherwise
+SIZE = ("--train", "1200", "--val", "240", "--test", "1000", "--questions", "7", "8", "--eval-questions", "15", "16")
+SETTING = ("train.epochs=7", "mask.epochs=[0,-1]", "clip.frames=8")  # the demo preset, otherwise
 SHARE = "25%"
 DRAWS = 2000  # of the bootstrap
 
@@ -47,6 +47,7 @@ ROWS = (
     Row("merging", (*OFF, "merge.enabled=true")),
     Row("selection", (*OFF, "select.skip=0.5")),
     Row("all", ("select.skip=0.5",)),
+    Row("all, rising ratios", ("select.skip=0.5", "mask.schedule=[0.25,0.25,0.5,0.5,0.5,0.5,0.75]")),
     Row("paper's schedule", ("mask.epochs=[0,3]", "select.skip=0.5", 'select.unit="question"')),
     Row("random subset", (), "random"),
     Row("paper's subset", (), "paper"),
@@ -60,7 +61,8 @@ class Paths(NamedTuple):
     jobs: int = 1  # runs at a time
 
     def run(self, row: Row, seed: int) -> Path:
-        return self.output / f"{row.name.replace(' ', '-').replace(chr(39), '')}-{seed}"
+        name = "".join(c for c in row.name.replace(" ", "-") if c.isalnum() or c == "-")
+        return self.output / f"{name}-{seed}"
 
 
 def sparsify(*arguments: object, jobs: int = 1) -> None:

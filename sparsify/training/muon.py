@@ -27,13 +27,22 @@ _RMS = 0.2
 
 
 def orthogonalised(x: Tensor) -> Tensor:
-    """The nearly orthogonal matrices to ``x`` fp32 [B, n, m], n <= m: Newton-Schulz, singular values about 1."""
+    """The nearly orthogonal matrices to ``x`` fp32 [B, n, m], n <= m: Newton-Schulz, singular values about 1.
+
+    A step is ``x = p x`` with ``p = a + b g + c g^2`` and ``g = x x^T``, so the next one has ``g = p g p``: the steps
+    stay with n x n matrices, and ``x`` is multiplied once, by the product of all ``p``.
+    """
     a, b, c = _COEFFICIENTS
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp_min(1e-7)
-    for _ in range(_STEPS):
-        gram = x @ x.mT
-        x = a * x + (b * gram + c * (gram @ gram)) @ x
-    return x
+    gram, product = x @ x.mT, None
+    for step in range(_STEPS):
+        p = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        p.diagonal(dim1=1, dim2=2).add_(a)
+        product = p if product is None else p @ product
+        if step + 1 < _STEPS:
+            gram = p @ gram @ p
+    assert product is not None
+    return product @ x
 
 
 class MuonAdamW(torch.optim.Optimizer):
