@@ -1,0 +1,83 @@
+"""The whole model in oracle form: its encoders compute every token by the libraries' own stages, whose attention sees
+no masked one, and hand on the kept ones. Answers and every gradient are those of the model that skips the rest.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from masked_oracle import blind_to, kept_tokens
+from torch import Tensor
+
+from sparsify_kernels import random_mask
+
+
+def attentions(encoder, stage: int):
+    """(attention, side of the grid it sees, window, shift) of the blocks of a stage."""
+    layer = (encoder.swin if hasattr(encoder, "swin") else encoder.htsat).layers[stage]
+    side = encoder.masked.grid * (encoder.config.unit // encoder.config.patch_size) >> stage
+    for block in layer.blocks:
+        if hasattr(block, "attn"):
+            yield block.attn, side, block.window_size[0], block.shift_size[0]
+        else:
+            block.set_shift_and_window_size((side, side))
+            yield block.attention, side, block.window_size, block.shift_size
+
+
+def in_oracle_form(monkeypatch, encoder, units: Tensor, kept: Tensor) -> None:
+    """``encoder`` computes all of ``units`` [B, U, P], whole images; ``kept`` bool [B, grid, grid] of them leave."""
+    count, grid = kept.shape[:2]
+
+    def embed_kept(drawn):
+        return kept_tokens(encoder.embed(units), kept)
+
+    def stage(index: int, x: Tensor, plan) -> Tensor:
+        u = round((len(x) / int(kept.sum())) ** 0.5)
+        blocks = torch.full((count, grid, grid, u, u, x.shape[-1]), 3.0, dtype=x.dtype)  # no masked token is read
+        blocks[kept] = x.view(-1, u, u, x.shape[-1])
+        image = blocks.transpose(2, 3).reshape(count, grid * u, grid * u, -1)
+        with blind_to(list(attentions(encoder, index)), kept):
+            return kept_tokens(library(index, image, None), kept)
+
+    library = encoder.stage
+    monkeypatch.setattr(encoder, "embed_kept", embed_kept)
+    monkeypatch.setattr(encoder, "stage", stage)
+
+
+def drawn(images: Tensor, seed: Tensor, keep: float, stratified: bool) -> Tensor:
+    grid = round(images.shape[1] ** 0.5)
+    shape = (grid, grid) if stratified else None
+    index = random_mask(images, keep, seed=seed.flatten(), grid=shape, stratified=stratified).index
+    kept = torch.zeros(len(images), grid * grid, dtype=torch.bool).scatter(1, index, True)
+    return kept.unflatten(1, (grid, grid))
+
+
+@pytest.mark.parametrize(
+    ("keep", "stratified", "unit"), [(0.5, True, 16), (0.25, True, 16), (0.6, False, 16), (0.5, True, 32)]
+)
+def test_answers_and_gradients_are_those_of_the_oracle(
+    tiny, make_model, make_batch, monkeypatch, keep, stratified, unit
+):
+    config = tiny(vision__unit=unit, audio__unit=unit, mask__stratified=stratified)
+    model = make_model(config).double().train()
+    video, questions, masking = make_batch(config, keep=keep)
+
+    def run() -> tuple[Tensor, list[Tensor], Tensor]:
+        tokens = model.encode(video, masking)
+        logits = model.answer(tokens, questions)
+        gradients = torch.autograd.grad(logits.sin().sum(), list(model.parameters()), allow_unused=True)
+        return logits.detach(), [x for x in gradients if x is not None], tokens.tokens.detach()
+
+    logits, gradients, tokens = run()
+    for encoder, x, seed in (
+        (model.vision, video.frames, masking.frame_seed),
+        (model.audio, video.mel, masking.mel_seed),
+    ):
+        images = x.flatten(0, 1)
+        in_oracle_form(monkeypatch, encoder, images, drawn(images, seed, keep, stratified))
+    logits2, gradients2, tokens2 = run()
+    torch.testing.assert_close(tokens, tokens2, rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(logits, logits2, rtol=1e-6, atol=1e-6)  # fp32
+    assert len(gradients) == len(gradients2) > 100
+    for a, b in zip(gradients, gradients2, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
