@@ -18,6 +18,7 @@ import os
 import statistics
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -79,14 +80,21 @@ def cores() -> int:
 
 
 def at_once(tasks: Sequence[Callable[[], object]], jobs: int) -> None:
-    """Run ``tasks``, ``jobs`` at a time and begun in their order; the first that fails ends it all."""
-    with ThreadPoolExecutor(jobs) as pool:
+    """Run ``tasks``, ``jobs`` at a time and begun in their order; after one that fails none is begun."""
+    failed = threading.Event()
+
+    def run(task: Callable[[], object]) -> None:
+        if failed.is_set():
+            return
         try:
-            for future in [pool.submit(task) for task in tasks]:
-                future.result()
+            task()
         except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
+            failed.set()
             raise
+
+    with ThreadPoolExecutor(jobs) as pool:
+        for future in [pool.submit(run, task) for task in tasks]:
+            future.result()
 
 
 def train(row: Row, seed: int, paths: Paths) -> None:
@@ -216,7 +224,7 @@ def bootstrap(pairs: Sequence[tuple[dict[int, bool], dict[int, bool]]], seed: in
 
 
 def render(found: Sequence[Outcome], seeds: Sequence[int], ungrouped: float) -> str:
-    """Markdown: a row each, with seeds' spread."""
+    """Markdown: a row each, with seeds' spread. ``ungrouped``: seconds of a dense run that groups no questions."""
     dense = statistics.fmean(found[0].seconds)
     lines = [
         f"| row | test accuracy, % ({len(seeds)} seeds: mean, least to most) | against dense, points (95 %) "
@@ -234,6 +242,59 @@ def render(found: Sequence[Outcome], seeds: Sequence[int], ungrouped: float) -> 
             f"| {reached} | {row.not_encoded:.0%} |"
         )
     return "\n".join(lines)
+
+
+def every_run(rows: Sequence[Row], seeds: Sequence[int], paths: Paths) -> str:
+    """Markdown: each run's own numbers."""
+    lines = [
+        "| row | seed | test, % | masked, % | best epoch | validation there, % | training, s | steps | videos encoded "
+        "| videos, questions not trained on |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        for seed in seeds:
+            run = _read(paths.run(row, seed))
+            accuracy = {name: f"{100 * result['accuracy']:.2f}" for name, result in run["evaluation"].items()}
+            skipped = run["selection"]
+            lines.append(
+                f"| {row.name} | {seed} | {accuracy['unmasked']} | {accuracy.get('masked', '')} "
+                f"| {run['best']['epoch'] + 1} | {100 * run['best']['val_accuracy']:.2f} "
+                f"| {run['seconds']['train']:.0f} | {run['steps']} | {sum(e['videos'] for e in run['history'])} "
+                f"| {skipped['videos_skipped']:.0%}, {skipped['questions_skipped']:.0%} |"
+            )
+    return "\n".join(lines)
+
+
+def by_type(rows: Sequence[Row], seeds: Sequence[int], paths: Paths) -> str:
+    """Markdown: accuracy on test by question type, mean over seeds, beside the floor of who never looks."""
+    scores = {row.name: [_types(paths.run(row, seed)) for seed in seeds] for row in rows}
+    first = scores[rows[0].name][0]
+    lines = ["| | floor | " + " | ".join(scores) + " |", "|---" * (len(scores) + 2) + "|"]
+    for name in first:
+        means = (statistics.fmean(run[name]["accuracy"] for run in runs) for runs in scores.values())
+        cells = " | ".join(f"{100 * mean:.1f}" for mean in means)
+        lines.append(f"| {name} | {100 * first[name]['floor']:.1f} | {cells} |")
+    return "\n".join(lines)
+
+
+def _types(run: Path) -> dict[str, dict[str, float]]:
+    scores = _read(run)["evaluation"]["unmasked"]["scores"]
+    return scores["types"] | {"overall": scores["overall"]}
+
+
+def provenance(run: Path) -> str:
+    """Markdown: what code, machine and data a run is of."""
+    results = _read(run)
+    machine, versions = results["machine"], results["versions"]
+    splits = ", ".join(
+        f"{name} {split['questions']:,} questions on {split['videos']:,} videos ({split['fingerprint']})"
+        for name, split in results["splits"].items()
+    )
+    return (
+        f"Commit {versions.get('commit', 'not recorded')}; {machine['name']}, {machine['cores']} cores, "
+        f"{machine['threads']} thread(s) a run on {machine['device']}; torch {versions['torch']}, "
+        f"{results['precision']['name']}. {splits}."
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -259,10 +320,18 @@ def main(arguments: list[str] | None = None) -> int:
     subsets = [partial(train, row, seed, paths) for seed in seeds for row in needed if row.selector is not None]
     at_once(first, paths.jobs)
     at_once([partial(ungrouped_seconds, paths), *subsets], paths.jobs)
-    ungrouped = ungrouped_seconds(paths)
+    epoch = ungrouped_seconds(paths)
+    ungrouped = epoch * len(_read(paths.run(ROWS[0], 0))["history"])
     found = list(outcomes(rows, seeds, paths))
     table = render(found, seeds, ungrouped)
-    (args.output / "results.md").write_text(table + "\n", encoding="utf-8")
+    parts = (
+        provenance(paths.run(ROWS[0], 0)),
+        table,
+        f"One dense epoch with each question encoding its video anew: {epoch:.0f} s.",
+        by_type(rows, seeds, paths),
+        every_run(rows, seeds, paths),
+    )
+    (args.output / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     (args.output / "results.json").write_text(json.dumps([row._asdict() for row in found], indent=1), encoding="utf-8")
     print(table)
     runs = [paths.run(row, seed) for row in rows for seed in seeds]
