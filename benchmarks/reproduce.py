@@ -27,7 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-SIZE = ("--train", "520", "--val", "160", "--test", "1000", "--questions", "7", "8", "--eval-questions", "15", "16")
+SIZE = ("--train", "520", "--val", "160", "--test", "1020", "--questions", "7", "8", "--eval-questions", "15", "16")
 # The demo preset, otherwise. As many epochs as in the paper, over few clips: dense has learnt them by heart at the end.
 SETTING = ("train.epochs=15", "mask.epochs=[0,-1]", "clip.frames=8")
 RISING = 5 * [0.25] + 9 * [0.5] + [0.75]  # keep ratios
@@ -336,8 +336,9 @@ def main(arguments: list[str] | None = None) -> int:
     (args.output / "results.md").write_text("\n\n".join(parts) + "\n", encoding="utf-8")
     (args.output / "results.json").write_text(json.dumps([row._asdict() for row in found], indent=1), encoding="utf-8")
     print(table)
-    runs = [paths.run(row, seed) for row in rows for seed in seeds]
-    sparsify("report", *runs, "--data", args.data, "--output", args.output / "report")
+    runs = {paths.run(row, seed): row.name for row in rows for seed in seeds}
+    labels = [part for run, name in runs.items() for part in ("--label", f"{run}={name}")]
+    sparsify("report", *runs, *labels, "--data", args.data, "--output", args.output / "report")
     return 0
 
 
