@@ -27,6 +27,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sparsify.data.dataset import cores
+
 SIZE = ("--train", "520", "--val", "160", "--test", "1020", "--questions", "7", "8", "--eval-questions", "15", "16")
 # The demo preset, otherwise. As many epochs as in the paper, over few clips: dense has learnt them by heart at the end.
 SETTING = ("train.epochs=15", "mask.epochs=[0,-1]", "clip.frames=8")
@@ -75,10 +77,6 @@ def sparsify(*arguments: object, jobs: int = 1) -> None:
     done = subprocess.run(command, check=False, env=os.environ | threads)
     if done.returncode:
         raise SystemExit(done.returncode)
-
-
-def cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def at_once(tasks: Sequence[Callable[[], object]], jobs: int) -> None:

@@ -35,7 +35,7 @@ class PlannedClip:
 
 
 # How often each type is asked, in percent: in MUSIC-AVQA v1, by its validation file.
-TYPE_PERCENT: dict[tuple[str, ...], float] = {
+TYPE_PERCENT: dict[tuple[str, str], float] = {
     ("Audio", "Counting"): 11.2,
     ("Audio", "Comparative"): 6.5,
     ("Visual", "Counting"): 13.1,
@@ -50,11 +50,8 @@ TYPE_PERCENT: dict[tuple[str, ...], float] = {
 
 def _dues() -> dict[str, float]:
     """How often each template, by its text, is to be asked: as a multiple of the average one."""
-    templates = Counter(tuple(t.type) for t in TEMPLATES)
-    return {
-        t.text: TYPE_PERCENT[tuple(t.type)] / templates[tuple(t.type)] * len(TEMPLATES) / sum(TYPE_PERCENT.values())
-        for t in TEMPLATES
-    }
+    templates, whole = Counter(t.type for t in TEMPLATES), sum(TYPE_PERCENT.values())
+    return {t.text: TYPE_PERCENT[t.type] / templates[t.type] * len(TEMPLATES) / whole for t in TEMPLATES}
 
 
 def _shares(start: str, *counts: float) -> tuple[str, dict[str, float]]:

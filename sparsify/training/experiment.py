@@ -9,7 +9,7 @@ import os
 import platform
 import subprocess
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -109,10 +109,12 @@ class _Experiment:
     output: Path
     cache_folder: Path
     progress: bool
+    versions: dict[str, str] = field(init=False)  # as the run begins: files may change under it
 
     def run(self, resume: bool, init: Path | None, stop_after: int | None) -> dict[str, Any]:
         """The steps of a run, one after the other."""
         config, output, main = self.config, self.output, self.accelerator.is_main_process
+        self.versions = _versions()
         if main:
             tidy(output)
         self.accelerator.wait_for_everyone()
@@ -300,7 +302,7 @@ class _Experiment:
             "steps": state.steps,
             "seconds": state.seconds | {"total": sum(state.seconds.values())},
             "machine": _machine(self.accelerator),
-            "versions": _versions(),
+            "versions": self.versions,
         }
 
     def judge(

@@ -49,11 +49,23 @@ def blind_to(attentions: list[tuple[nn.Module, int, int, int]], kept: Tensor) ->
             handle.remove()
 
 
+def attentions_of(layer: Any, side: int) -> list[tuple[nn.Module, int, int, int]]:
+    """What ``blind_to`` takes of a stage of timm's Swin-V2 or transformers' HTS-AT over ``side`` x ``side`` tokens."""
+    found = []
+    for block in layer.blocks:
+        if hasattr(block, "attn"):
+            found.append((block.attn, side, block.window_size[0], block.shift_size[0]))
+        else:
+            block.set_shift_and_window_size((side, side))  # as every call does
+            found.append((block.attention, side, block.window_size, block.shift_size))
+    return found
+
+
 def swin_oracle(swin: Any, images: Tensor, kept: Tensor) -> Tensor:
     """timm's ``forward_features`` of normalised ``images`` [B, 3, H, W]: its grid of tokens [B, side, side, C]."""
     attentions, side = [], swin.patch_embed.grid_size[0]
     for stage, layer in enumerate(swin.layers):
-        attentions += [(b.attn, side >> stage, b.window_size[0], b.shift_size[0]) for b in layer.blocks]
+        attentions += attentions_of(layer, side >> stage)
     with blind_to(attentions, kept):
         return swin.forward_features(images)
 
@@ -64,9 +76,7 @@ def htsat_oracle(htsat: Any, images: Tensor, kept: Tensor) -> Tensor:
     """
     attentions, side = [], htsat.patch_embed.grid_size[0]
     for stage, layer in enumerate(htsat.layers):
-        for block in layer.blocks:
-            block.set_shift_and_window_size((side >> stage, side >> stage))  # as every call does
-            attentions.append((block.attention, side >> stage, block.window_size, block.shift_size))
+        attentions += attentions_of(layer, side >> stage)
     with blind_to(attentions, kept):
         x = htsat.patch_embed(images)
         for stage, layer in enumerate(htsat.layers):

@@ -6,22 +6,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from masked_oracle import blind_to, kept_tokens
+from masked_oracle import attentions_of, blind_to, kept_tokens
 from torch import Tensor
 
 from sparsify_kernels import random_mask
-
-
-def attentions(encoder, stage: int):
-    """(attention, side of the grid it sees, window, shift) of the blocks of a stage."""
-    layer = (encoder.swin if hasattr(encoder, "swin") else encoder.htsat).layers[stage]
-    side = encoder.masked.grid * (encoder.config.unit // encoder.config.patch_size) >> stage
-    for block in layer.blocks:
-        if hasattr(block, "attn"):
-            yield block.attn, side, block.window_size[0], block.shift_size[0]
-        else:
-            block.set_shift_and_window_size((side, side))
-            yield block.attention, side, block.window_size, block.shift_size
 
 
 def in_oracle_form(monkeypatch, encoder, units: Tensor, kept: Tensor) -> None:
@@ -36,10 +24,11 @@ def in_oracle_form(monkeypatch, encoder, units: Tensor, kept: Tensor) -> None:
         blocks = torch.full((count, grid, grid, u, u, x.shape[-1]), 3.0, dtype=x.dtype)  # no masked token is read
         blocks[kept] = x.view(-1, u, u, x.shape[-1])
         image = blocks.transpose(2, 3).reshape(count, grid * u, grid * u, -1)
-        with blind_to(list(attentions(encoder, index)), kept):
+        side = encoder.masked.grid * (encoder.config.unit // encoder.config.patch_size) >> index
+        with blind_to(attentions_of(layers[index], side), kept):
             return kept_tokens(library(index, image, None), kept)
 
-    library = encoder.stage
+    library, layers = encoder.stage, (encoder.swin if hasattr(encoder, "swin") else encoder.htsat).layers
     monkeypatch.setattr(encoder, "embed_kept", embed_kept)
     monkeypatch.setattr(encoder, "stage", stage)
 
