@@ -3,8 +3,8 @@
     python -m benchmarks.reproduce [--data DIR] [--output DIR] [--seeds N] [--jobs N] [--only ROW...]
 
 Renders the data if it is not there, trains every row with every seed (one process each), takes key subsets from the
-runs with everything on, answers the test split with each best checkpoint, and writes results.json, results.md and the
-report into OUTPUT. What is done is not done again: a run that was stopped goes on, a finished one is read.
+runs with everything on, and writes results.json, results.md and the report into OUTPUT. What is done is not done
+again: a run that was stopped goes on, a finished one is read.
 
 Without a GPU there is one run for every core, each on one thread, as models of this size use cores best. All runs but
 the last then have neighbours that do the same kind of work, so their times compare.
@@ -106,8 +106,6 @@ def train(row: Row, seed: int, paths: Paths) -> None:
             options += ["--subset", subset(row.selector, seed, paths)]
         resume = ["--resume"] if (run / "config.json").exists() else [*options, "--seed", seed]
         sparsify("train", paths.data, "--output", run, *resume, jobs=paths.jobs)
-    if not predictions(run).exists():
-        sparsify("eval", run, paths.data, "--predictions", predictions(run), jobs=paths.jobs)
 
 
 def subset(selector: str, seed: int, paths: Paths) -> Path:
@@ -118,10 +116,6 @@ def subset(selector: str, seed: int, paths: Paths) -> Path:
         options = ("--unit", "video", "--size", SHARE, "--selector", selector, "--seed", seed)
         sparsify("select", source, *options, "--output", file)
     return file
-
-
-def predictions(run: Path) -> Path:
-    return run / "predictions.json"
 
 
 def ungrouped_seconds(paths: Paths) -> float:
@@ -197,7 +191,7 @@ def _read(run: Path) -> dict[str, Any]:
 
 def _right(run: Path) -> dict[int, bool]:
     """Which questions of the test split were answered right."""
-    answers = json.loads(predictions(run).read_text(encoding="utf-8"))
+    answers = json.loads((run / "predictions.json").read_text(encoding="utf-8"))
     return {answer["question_id"]: answer["correct"] for answer in answers}
 
 

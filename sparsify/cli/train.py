@@ -17,8 +17,9 @@ __all__ = ["add", "run"]
 
 DESCRIPTION = """\
 Trains a model on ROOT's training split, picks the best epoch by validation and judges it on the test split, if there is
-one. Everything goes into one run folder: config.json, metrics.jsonl, tensorboard/, best/, last/, results.json. Ctrl-C
-saves and ends; --resume goes on as if nothing had happened, after a crash or a kill, too."""
+one. Everything goes into one run folder: config.json, metrics.jsonl, tensorboard/, best/, last/, results.json and
+predictions.json, the best epoch's answers. Ctrl-C saves and ends; --resume goes on as if nothing had happened, after a
+crash or a kill, too."""
 
 EPILOG = """\
 examples:

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["CHART", "Chart", "colour", "end_labels", "figure", "mark", "tidy", "whisker", "wrap"]
+__all__ = ["CHART", "Chart", "colour", "end_labels", "figure", "hold_texts", "mark", "tidy", "whisker", "wrap"]
 
 # Okabe and Ito's colours, told apart by every kind of colour vision; the order keeps neighbours apart in print, too.
 PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4d4d4d", "#8c6d1f")
@@ -109,6 +109,18 @@ def end_labels(axes: Axes, labels: Sequence[tuple[float, float, str, str]], *, r
             weight="bold",
             annotation_clip=False,
         )
+
+
+def hold_texts(axes: Axes) -> None:
+    """Lengthen the x axis, which begins at 0, until no text that begins in ``axes`` ends beyond them."""
+    made = axes.get_figure()
+    assert made is not None
+    made.draw_without_rendering()  # type: ignore[union-attr]  # lays out: only then texts have a width
+    needed = [axes.get_xlim()[1]]
+    for text in axes.texts:
+        share = min(0.9, text.get_window_extent().width / axes.bbox.width)
+        needed.append(text.get_position()[0] / (1 - share))
+    axes.set_xlim(0, max(needed))
 
 
 def wrap(text: str, width: int = 24) -> str:

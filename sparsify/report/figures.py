@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 
 from sparsify.data.templates import TYPES
-from sparsify.report._charts import Chart, colour, end_labels, figure, mark, tidy, whisker, wrap
+from sparsify.report._charts import Chart, colour, end_labels, figure, hold_texts, mark, tidy, whisker, wrap
 from sparsify.report._page import FAINT, INK
 from sparsify.report.published import Published
 from sparsify.report.runs import Group, Spread, spread
@@ -156,6 +156,7 @@ def training_time(groups: Sequence[Group]) -> Chart:
     axes.set(xlim=(0, 1.55 * longest), ylim=(len(timed) - 0.45, -0.55))
     axes.set_xlabel(f"training time, {unit} (without decoding and evaluation)")
     tidy(axes, grid="x")
+    hold_texts(axes)
     note = " Diamond: when validation reached the dense run's best accuracy." if goal is not None else ""
     return Chart(
         "training_time",

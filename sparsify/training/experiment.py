@@ -1,4 +1,4 @@
-"""A whole training run: decode, build or resume the model, train, judge the best checkpoint, write ``results.json``."""
+"""A whole training run: decode, build or resume the model, train, judge the best checkpoint, write what it found."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from sparsify.model import SparsifyModel
 from sparsify.progress import Advance, format_seconds, progress_bar, say
 from sparsify.report.scores import floor_of
 from sparsify.training.checkpoints import check_seal, keep_epoch, kept, resumable, tidy, write_text
-from sparsify.training.evaluate import EvalResult, evaluate_dataset, masked_keep
+from sparsify.training.evaluate import EvalResult, evaluate_dataset, masked_keep, write_predictions
 from sparsify.training.loading import gather_skipped, share
 from sparsify.training.optim import Precision, choose_precision
 from sparsify.training.run import RunState, claim_run, lock_run, read_state
@@ -65,7 +65,8 @@ def train(
         stop_after: stop after so many steps, as Ctrl-C does.
 
     Returns:
-        What ``output/results.json`` holds: configuration, splits, scores, seconds, machine, versions.
+        What ``output/results.json`` holds: configuration, splits, scores, seconds, machine, versions. Beside it,
+        ``predictions.json`` has the best checkpoint's answer to every question of the judged split, unmasked.
 
     Raises:
         UsageError: the folder is in use or holds another run.
@@ -262,7 +263,7 @@ class _Experiment:
         dataset: VideoDataset,
         skipped: dict[str, dict[str, str]],
     ) -> dict[str, Any]:
-        """Evaluate the best checkpoint on ``judged``, unmasked and masked, and gather what a run reports."""
+        """Evaluate the best checkpoint on ``judged``, unmasked and masked; write its answers, gather the results."""
         state, config = trainer.state, self.config
         check_seal(self.output / "best")
         model = SparsifyModel.from_pretrained(self.output / "best").to(self.accelerator.device)
@@ -270,6 +271,8 @@ class _Experiment:
         if (keep := masked_keep(config)) < 1:
             found["masked"] = self.judge(model, splits[judged], dataset, trainer, keep)
         state.seconds["evaluate"] += sum(result.seconds for result in found.values())
+        if self.accelerator.is_main_process:
+            write_predictions(self.output / "predictions.json", found["unmasked"].predictions)
         main = found["masked" if config.mask.eval and "masked" in found else "unmasked"]
         self.say(
             f"best epoch {(state.best_epoch or 0) + 1}, {100 * state.best_accuracy:.2f} % on validation; on {judged}:"

@@ -1,6 +1,7 @@
 """The run folder: who may write to it, and where its run is.
 
-config.json  metrics.jsonl  tensorboard/  results.json
+config.json  metrics.jsonl  tensorboard/
+results.json, predictions.json   at the end: scores, and the best model's answers
 best/        the model after the epoch with the highest validation accuracy
 last/        the newest model, optimizer.safetensors, selection.safetensors and training.json: what a resumed run needs
 epoch-*/     the same at the end of the last epochs, as many as train.keep_last says

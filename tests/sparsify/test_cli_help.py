@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -99,12 +98,7 @@ def test_no_heavy_package_is_imported_to_say_so(arguments: list[str]) -> None:
     assert not HEAVY & set(done.stdout.splitlines()[-1].split())
 
 
-def test_python_dash_m_answers_fast() -> None:
-    """0.5 s is the promise; the best of three, as other work may share the machine."""
-    seconds = []
-    for _ in range(3):
-        start = time.perf_counter()
-        done = subprocess.run([sys.executable, "-m", "sparsify", "--help"], capture_output=True, text=True, check=True)
-        seconds.append(time.perf_counter() - start)
+def test_python_dash_m_answers() -> None:
+    """How fast, ``benchmarks/test_start_up.py`` measures."""
+    done = subprocess.run([sys.executable, "-m", "sparsify", "--help"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("usage: sparsify COMMAND")
-    assert min(seconds) < 0.5

@@ -63,7 +63,7 @@ def test_the_run_folder_and_its_results(run: Run, tiny_config: Config, tiny_root
     results = run()
     folder = tmp_path / "run"
     assert sorted(p.name for p in folder.iterdir()) == [
-        "best", "config.json", "last", "metrics.jsonl", "results.json", "tensorboard",
+        "best", "config.json", "last", "metrics.jsonl", "predictions.json", "results.json", "tensorboard",
     ]  # fmt: skip
     assert json.loads((folder / "results.json").read_text()) == json.loads(json.dumps(results))
     assert Config.from_dict(json.loads((folder / "config.json").read_text())) == tiny_config
@@ -89,6 +89,8 @@ def test_the_run_folder_and_its_results(run: Run, tiny_config: Config, tiny_root
         assert re.fullmatch(r"[0-9a-f]{12}(-dirty)?", results["versions"]["commit"])
     again = evaluate(SparsifyModel.from_pretrained(folder / "best"), tiny_root, "test", precision="fp32")
     assert again.accuracy == results["evaluation"]["unmasked"]["accuracy"]
+    written = json.loads((folder / "predictions.json").read_text())
+    assert [(row["question_id"], row["answer"]) for row in written] == [p[:1] + p[2:3] for p in again.predictions]
 
 
 def test_every_logged_step_and_epoch_is_a_line(run: Run, tiny_config: Config, tmp_path: Path) -> None:

@@ -104,6 +104,7 @@ def test_two_processes_train_as_one(
     together = json.loads((tmp_path / "both" / "results.json").read_text())
     assert together["machine"]["processes"] == 2
     assert together["evaluation"]["unmasked"]["scored"] == 6
+    assert len(json.loads((tmp_path / "both" / "predictions.json").read_text())) == 6
     for (step, questions, seeds), *parts in zip(one, *two, strict=True):
         assert [part[0] for part in parts] == [step, step]
         assert sorted(questions) == sorted(i for part in parts for i in part[1])

@@ -112,6 +112,19 @@ def test_training_time_is_a_share_of_dense(make_run: Make) -> None:
     assert list(reached.get_xdata()) == pytest.approx([160 / 60])  # the second of three epochs
 
 
+def test_what_is_said_of_a_training_time_is_not_cut_off(make_run: Make) -> None:
+    """The longest remark stands at the longest bar."""
+    runs = [
+        make_run("dense", {"dense": True}, seconds=600.0, epochs=(0.5, 0.6)),
+        make_run("questions", {"select.skip": 0.5}, seconds=660.0, epochs=(0.5, 0.7), videos_skipped=0.3),
+    ]
+    chart = figures.training_time(groups(*runs))
+    (axes,) = chart.figure.axes
+    chart.figure.draw_without_rendering()
+    assert all(text.get_window_extent().x1 <= axes.bbox.x1 + 1 for text in axes.texts)
+    assert axes.get_xlim()[1] < 40  # bars of 10 and 11 minutes still fill a good part
+
+
 def test_accuracy_over_time_is_the_history(make_run: Make) -> None:
     chart = figures.accuracy_over_time(
         groups(
