@@ -20,6 +20,9 @@ DEMO_RUN ?= runs/demo
 # What two cores render in a minute or two. A clip costs the encoders the same however much is asked about it: ask much.
 DEMO_CLIPS ?= --train 3000 --questions 14 16 --eval-questions 8 9
 
+# Tests in as many processes as there are cores, eight at most.
+SHARED := --numprocesses auto --maxprocesses 8 --dist worksteal
+
 .PHONY: setup demo reproduce test test-all sanitize lint bench clean
 .DELETE_ON_ERROR:
 
@@ -34,10 +37,10 @@ reproduce: $(VENV)/.avqa
 	$(BIN)/python -m benchmarks.reproduce
 
 test: $(VENV)/.avqa $(VENV)/.test
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(SHARED) -m "not slow"
 
 test-all: $(VENV)/.avqa $(VENV)/.test
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(SHARED)
 
 sanitize: $(VENV)/.avqa $(VENV)/.test
 	$(BIN)/python tests/sparsify_kernels/sanitize.py

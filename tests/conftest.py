@@ -8,6 +8,10 @@ import os
 if not os.path.exists("/dev/nvidia0") and not os.path.exists("/dev/kfd"):
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# Processes that share the cores: a thread that waits must not spin where another one works. Read as torch is loaded.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import pytest
 import torch
 

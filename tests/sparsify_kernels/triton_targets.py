@@ -1,5 +1,5 @@
 """Compiles the Triton kernels of one op for real GPUs, without one: ``python triton_targets.py random_mask`` prints a
-JSON line a case.
+JSON line a case; with ``--first``, of each kernel the first case alone.
 
 A script of its own, because kernels decorated under ``TRITON_INTERPRET=1`` cannot be compiled. ``TARGETS`` of the
 op's ``triton.py`` lists the cases: a kernel, the types of its run-time arguments (``i32:16``: a multiple of 16), its
@@ -66,8 +66,10 @@ def compile_case(case: tuple[Any, str, dict[str, Any], int], target: GPUTarget) 
     return triton.compile(source, target=target, options=options), constants | options
 
 
-def main(op: str) -> None:
+def main(op: str, *, first: bool) -> None:
     cases = importlib.import_module(f"sparsify_kernels.{op}.triton").TARGETS
+    if first:
+        cases = list({case[0]: case for case in reversed(cases)}.values())
     for name, target, shared_limit in GPUS:
         for kernel, *rest in cases:
             compiled, constants = compile_case((kernel, *rest), target)
@@ -78,4 +80,4 @@ def main(op: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], first="--first" in sys.argv)
