@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from sparsify.cli._parser import count
 from sparsify.errors import UsageError
 
 __all__ = ["add", "run"]
@@ -21,6 +22,7 @@ EPILOG = """\
 examples:
   sparsify report runs/demo
   sparsify report runs/demo --data data/demo                          and what the checkpoint says when asked
+  sparsify report runs/demo --data data/demo --clips 100              the same, from fewer clips: sooner
   sparsify report runs/dense-* runs/sparse-* --output reports/seeds   seeds of one configuration are one group
   sparsify report runs/a runs/b --label runs/a=before --label runs/b=after"""
 
@@ -37,6 +39,12 @@ def add(commands: Any) -> None:
     parser.add_argument("--output", metavar="DIR", type=Path, default=Path("report"), help="folder of the page")
     parser.add_argument("--data", metavar="ROOT", type=Path, help="data folder that judged the runs")
     parser.add_argument("--cache", metavar="DIR", type=Path, help="decoded clips (default: ROOT/cache)")
+    parser.add_argument(
+        "--clips",
+        metavar="N",
+        type=count,
+        help="ask about N clips, spread over the judged split (default: all); a run is asked eleven times",
+    )
     parser.add_argument(
         "--label",
         metavar="RUN=NAME",
@@ -59,7 +67,7 @@ def run(args: argparse.Namespace) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     from sparsify.report.build import build
 
-    page = build(groups, args.output, args.data, cache=args.cache, quiet=not sys.stderr.isatty())
+    page = build(groups, args.output, args.data, cache=args.cache, clips=args.clips, quiet=not sys.stderr.isatty())
     print(page)
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,13 +30,21 @@ HOW = "`sparsify report RUN... --data ROOT` asks the checkpoints."
 
 
 class Asker:
-    """Asks the best checkpoint of the first run of each group about the split of ``data`` that judged it.
+    """Asks the best checkpoint of the first run of each group about the split of ``data`` that judged it, or about
+    so many ``clips`` spread over it.
 
     ``data`` None: every section says what it lacks. ``cache`` holds decoded clips.
     """
 
-    def __init__(self, groups: Sequence[Group], output: Path, data: Path | None, cache: Path | None) -> None:
-        self.groups, self.output, self.data = groups, output, data
+    def __init__(
+        self,
+        groups: Sequence[Group],
+        output: Path,
+        data: Path | None,
+        cache: Path | None = None,
+        clips: int | None = None,
+    ) -> None:
+        self.groups, self.output, self.data, self.clips = groups, output, data, clips
         self.cache_folder = cache or (data / "cache" if data is not None else None)
         self.answers = probe.Answers(output / "probe.json")
         self.why: list[str] = [] if data is not None else [f"No data folder was named: {HOW}"]
@@ -71,7 +80,7 @@ class Asker:
         no_fence = ["No run here merges tokens, so no fence can be tried."] if keep and not fence else []
         no_picture = ["No run here merges tokens, so there are no key tokens to show."] if keep and not pictures else []
         leads = {
-            "keep": "The best checkpoint of each setting's first seed, asked anew.",
+            "keep": f"The best checkpoint of each setting's first seed, asked anew{self._about()}.",
             "likeness": "Cosine between tokens as they leave the encoders, over the first clips of the judged split.",
             "examples": "Clips of the judged split, what became of their tokens, and what the model answers.",
         }
@@ -125,7 +134,19 @@ class Asker:
         if self._root is None or judged is None or not self._root.has(judged):
             return None
         split = self._root.split(judged)
-        return split if split.fingerprint == run.fingerprint else None
+        return self._part(split) if split.fingerprint == run.fingerprint else None
+
+    def _part(self, split: Split) -> Split:
+        """``clips`` of the videos of ``split``, spread over it."""
+        if self.clips is None or self.clips >= len(split.videos):
+            return split
+        videos = list(split.videos)
+        chosen = {videos[i * len(videos) // self.clips] for i in range(self.clips)}
+        part = tuple(question for question in split.questions if question.video_id in chosen)
+        return replace(split, questions=part, fingerprint=f"{split.fingerprint}, {self.clips} videos")
+
+    def _about(self) -> str:
+        return "" if self.clips is None else f" about {self.clips:,} clips (all, where there are no more)"
 
     def _examples(self, judged: probe.Judged, run: Run, advance: Advance) -> Iterator[Picture]:
         """Pictures of clips spread over the split, each asked questions of different types."""

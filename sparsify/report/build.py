@@ -30,6 +30,7 @@ def build(
     data: Path | None = None,
     *,
     cache: Path | None = None,
+    clips: int | None = None,
     quiet: bool = False,
 ) -> Path:
     """Write the report on ``groups`` into the folder ``output`` and return its page.
@@ -39,6 +40,7 @@ def build(
         output: an existing folder; its ``probe.json`` and ``cost.json`` keep what was computed.
         data: the data folder that judged the runs; None leaves out what checkpoints would have to be asked.
         cache: decoded clips; ``data/cache`` by default.
+        clips: how many videos, spread over the judged split, checkpoints are asked about; None: all.
         quiet: no progress bar.
 
     Raises:
@@ -47,7 +49,7 @@ def build(
     """
     from matplotlib import rc_context
 
-    asker = Asker(groups, output, data, cache)
+    asker = Asker(groups, output, data, cache, clips)
     with rc_context(CHART):
         with progress_bar("ask checkpoints", asker.steps(), quiet=quiet or data is None) as advance:
             asked = asker.sections(advance)

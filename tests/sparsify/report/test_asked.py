@@ -14,6 +14,7 @@ from sparsify.cli import main
 from sparsify.config import Config
 from sparsify.data.music_avqa import DataRoot
 from sparsify.report import cost, probe
+from sparsify.report.asked import Asker
 
 pytestmark = pytest.mark.usefixtures("_silent_model")
 
@@ -30,7 +31,7 @@ def test_a_trained_run_fills_every_section_and_is_asked_once(
     monkeypatch.setattr(probe, "KEEPS", (1.0, 0.5))
     monkeypatch.setattr(probe, "FENCES", (0.0, 1.5))
     output = tmp_path / "report"
-    folders = {"--data": tiny_root.root, "--cache": cache_folder, "--output": output}
+    folders = {"--data": tiny_root.root, "--cache": cache_folder, "--output": output, "--clips": 2}
     command = ["report", str(tmp_path / "run"), *(str(part) for pair in folders.items() for part in pair)]
     assert main(command) == 0
     page = (output / "index.html").read_text()
@@ -53,6 +54,16 @@ def test_a_trained_run_fills_every_section_and_is_asked_once(
         monkeypatch.setattr(sys.modules[f"sparsify.{module}"], name, lambda *_, **__: pytest.fail("asked again"))
     assert main(command) == 0
     assert (output / "index.html").read_text() == page
+
+
+def test_a_part_of_the_clips_is_spread_over_the_split(tiny_root: DataRoot, tmp_path: Path) -> None:
+    split = tiny_root.split("train")  # 8 videos of 3 questions
+    part = Asker([], tmp_path, tiny_root.root, clips=3)._part(split)
+    videos = list(split.videos)
+    assert list(part.videos) == [videos[0], videos[2], videos[5]]
+    assert part.questions == tuple(q for q in split.questions if q.video_id in part.videos)
+    assert part.fingerprint != split.fingerprint  # answers about one are not answers about the other
+    assert Asker([], tmp_path, tiny_root.root, clips=8)._part(split) is split
 
 
 def test_cost_is_that_of_the_model(tiny_config: Config) -> None:
