@@ -56,6 +56,8 @@ def add(commands: Any) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.clips == 0:
+        raise UsageError("--clips 0: expected at least one clip; without --data no checkpoint is asked")
     names = _labels(args.label, args.runs)
     from sparsify.report.runs import group_runs, load_run
 

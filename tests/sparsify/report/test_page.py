@@ -122,6 +122,7 @@ def test_labels_name_runs(make_run: Make, tmp_path: Path) -> None:
         (["run", "--label", "other=mine"], 2, "--label other=mine: other is not among the runs"),
         (["run", "--output", "run/config.json"], 2, "--output run/config.json: is a file; expected a folder"),
         (["run", "--data", "nowhere"], 3, "nowhere"),
+        (["run", "--data", ".", "--clips", "0"], 2, "--clips 0: expected at least one clip"),
     ],
 )
 def test_what_the_command_refuses(
