@@ -16,12 +16,6 @@
 #include "merge_tokens_checks.h"
 #include "segments.h"
 
-#if defined(__x86_64__) && defined(__linux__)
-#include <immintrin.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 namespace sparsify {
 namespace {
 
@@ -45,43 +39,6 @@ constexpr int kVectorBytes = 64, kBlock = 12;
 #include "merge_tokens.inl"
 }  // namespace avx512
 #pragma GCC pop_options
-#endif
-
-#if defined(__x86_64__) && defined(__linux__)
-#pragma GCC push_options
-#pragma GCC target("avx512f,avx512bw,avx512vl,avx512dq,prefer-vector-width=512,amx-tile,amx-bf16")
-namespace amx {
-#include "merge_tokens_amx.inl"
-}  // namespace amx
-#pragma GCC pop_options
-
-// Whether bf16 may be multiplied in tiles: the machine can, Linux lets this process, and SPARSIFY_ISA names nothing
-// less.
-bool tiles_in_use() {
-  static const bool in_use = [] {
-    constexpr long kAskFor = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
-    return active_isa() == Isa::avx512 && std::getenv("SPARSIFY_ISA") == nullptr &&
-           __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-bf16") &&
-           syscall(SYS_arch_prctl, kAskFor, kTileData) == 0;
-  }();
-  return in_use;
-}
-
-bool has_small_values(const void* row, int64_t dim) {
-  return amx::has_small_values(static_cast<const Bf16*>(row), dim);
-}
-
-constexpr auto assign_by_tiles = amx::assign;
-#else
-bool tiles_in_use() {
-  return false;
-}
-
-bool has_small_values(const void*, int64_t) {
-  return true;
-}
-
-constexpr void (*assign_by_tiles)(const AssignJob&, void*, void*, float*) = nullptr;
 #endif
 
 const MergeKernels& pick_merge_kernels() {
@@ -145,7 +102,7 @@ class Assign {
             nullptr};
     keys_bytes_ = job_.tile * dim * sum_bytes;
     rows_bytes_ = std::max<int64_t>(kernels_.block * sum_bytes, 64) * ((dim + 63) / 64 * 64 + 32);
-    tiles_ = job_.dtype == Float::bf16 && dim >= 32 && tiles_in_use();
+    bf16_ = job_.dtype == Float::bf16 && dim >= 32 ? bf16_kernels() : nullptr;
   }
 
   // Multiplications and additions for one sample.
@@ -158,7 +115,7 @@ class Assign {
     const auto keys = std::make_unique<Line[]>(static_cast<size_t>(keys_bytes_ / 64 + 1));
     const auto rows = std::make_unique<Line[]>(static_cast<size_t>(rows_bytes_ / 64 + kernels_.block));
     const auto best = std::make_unique<float[]>(static_cast<size_t>(end - begin));
-    std::vector<int64_t> token, other;
+    std::vector<int64_t> half, other;
     for (int64_t b = first; b < last; ++b) {
       int64_t* assign = assign_ + b * names_.tokens;
       AssignJob job = job_;
@@ -172,20 +129,21 @@ class Assign {
           assign[job.keys[j]] = j;
         }
       }
-      const auto row = [&](int64_t i) { return static_cast<const char*>(job.metric) + i * job.row_stride * bytes_; };
-      const auto fits_tiles = [&](int64_t i) { return !has_small_values(row(i), job.dim); };
-      const bool tiles = tiles_ && std::all_of(job.keys, job.keys + job.count, fits_tiles);
-      token.clear();
+      const auto fits = [&](int64_t i) {
+        return !bf16_->has_small_values(static_cast<const Bf16*>(job.metric) + i * job.row_stride, job.dim);
+      };
+      const bool halves = bf16_ != nullptr && std::all_of(job.keys, job.keys + job.count, fits);
+      half.clear();
       other.clear();
       for (int64_t i = begin; i < end; ++i) {
         if (assign[i] < 0 && names_.there(b, i)) {
-          (tiles && fits_tiles(i) ? token : other).push_back(i);
+          (halves && fits(i) ? half : other).push_back(i);
         }
       }
-      if (!token.empty()) {
-        job.token = token.data();
-        job.tokens = static_cast<int64_t>(token.size());
-        assign_by_tiles(job, keys.get(), rows.get(), best.get());
+      if (!half.empty()) {
+        job.token = half.data();
+        job.tokens = static_cast<int64_t>(half.size());
+        bf16_->assign(job, keys.get(), rows.get(), best.get());
       }
       if (!other.empty()) {
         job.token = other.data();
@@ -207,7 +165,7 @@ class Assign {
   int64_t* assign_;
   AssignJob job_;
   int64_t keys_bytes_, rows_bytes_;
-  bool tiles_;
+  const Bf16Kernels* bf16_;
 };
 
 // size[b] = the total weight of each slot, in ascending order of tokens.

@@ -63,4 +63,13 @@ struct MergeKernels {
   int64_t panel;  // by so many keys
 };
 
+// bf16 of at least 32 values, multiplied without widening; no row of those assigned, nor of their keys, has small values.
+struct Bf16Kernels {
+  bool (*has_small_values)(const Bf16* row, int64_t dim);
+  void (*assign)(const AssignJob&, void* keys, void* rows, float* best);
+};
+
+// Tiles of AMX, else the pairs of AVX-512, else null. SPARSIFY_ISA=avx512_bf16 leaves out tiles, any lesser one both.
+const Bf16Kernels* bf16_kernels();
+
 }  // namespace sparsify

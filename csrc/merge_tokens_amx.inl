@@ -1,24 +1,6 @@
-// The nearest key by tiles of bf16: 32 tokens by 32 keys at a time, products exact, sums in fp32. Included inside a
-// target that has AMX. The tiles take numbers below 2^-126 for zero, products too: tokens with values small enough for
-// that to matter do not come here (has_small_values).
+// The nearest key by tiles of bf16: 32 tokens by 32 keys at a time. Included inside a target that has AMX.
 
-#include "merge_tokens_lanes.inl"
-
-static constexpr int64_t kTokens = 32, kKeys = 32, kPairs = 16;  // values go in pairs, 32 at a time
-
-typedef float Sixteen __attribute__((vector_size(64)));
-typedef int32_t SixteenSlots __attribute__((vector_size(64)));
-
-// Whether a value is not 0 but below 2^-40: then products of others may be lost beside it, or its own.
-static bool has_small_values(const Bf16* row, int64_t dim) {
-  constexpr uint16_t kLimit = (127 - 40) << 7;
-  uint16_t small = 0;
-  for (int64_t c = 0; c < dim; ++c) {
-    const uint16_t below = static_cast<uint16_t>((row[c].bits & 0x7FFF) - 1);  // 0 becomes the largest of all
-    small |= static_cast<uint16_t>(below < kLimit - 1);
-  }
-  return small != 0;
-}
+#include "merge_tokens_pairs.inl"
 
 struct alignas(64) TileShapes {
   uint8_t palette = 1, start = 0, reserved[14] = {};
@@ -26,103 +8,39 @@ struct alignas(64) TileShapes {
   uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
 };
 
-// panel [steps][2][kPairs][16] of pairs: two tiles of 16 keys for each 32 values; NaN beside the keys, zeros behind
-// their values.
-static void pack_pairs(uint32_t* panel, const AssignJob& job, const int64_t* keys, int64_t count, int64_t steps) {
-  const uint16_t* metric = static_cast<const uint16_t*>(job.metric);
-  for (int64_t step = 0; step < steps; ++step) {
-    for (int64_t group = 0; group < kKeys; group += 16) {
-      SixteenSlots square[16];
-      const int64_t left = job.dim - step * 32, values = left < 32 ? left : 32;
-      for (int64_t lane = 0; lane < 16; ++lane) {
-        square[lane] = SixteenSlots{} + (group + lane < count ? 0 : 0x7FC07FC0);
-        if (group + lane < count) {
-          const uint16_t* key = metric + keys[group + lane] * job.row_stride + step * 32;
-          if (values == 32) {
-            __builtin_memcpy(&square[lane], key, 64);
-          } else {
-            __builtin_memcpy(&square[lane], key, static_cast<size_t>(values) * 2);
-          }
-        }
-      }
-      transpose<SixteenSlots, SixteenSlots>(square);
-      __builtin_memcpy(panel + (step * kKeys + group) * kPairs, square, sizeof square);
-    }
-  }
-}
+struct Tiles {
+  static constexpr int64_t kTokens = 32;
 
-static void assign(const AssignJob& job, void* key_scratch, void* row_scratch, float* best) {
-  const uint16_t* metric = static_cast<const uint16_t*>(job.metric);
-  const int64_t steps = (job.dim + 31) / 32, panel_size = steps * kKeys * kPairs;
-  const int64_t pitch = 32 * (steps | 1);  // an odd number of cache lines: rows do not compete for the same ones
-  uint32_t* panels = static_cast<uint32_t*>(key_scratch);
-  uint16_t* rows = static_cast<uint16_t*>(row_scratch);  // [kTokens][pitch]
-  for (int64_t n = 0; n < job.tokens; ++n) {
-    best[n] = -__builtin_inff();
-    job.assign[job.token[n]] = 0;
+  static inline void multiply(const PairJob& job, Sixteen (&sums)[kTokens][2]) {
+    const size_t pitch = static_cast<size_t>(job.pitch) * 2;
+    __asm__ volatile("" ::: "memory");  // the tile loads do not say that they read memory
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t step = 0; step < job.steps; ++step) {
+      const uint16_t* rows = job.rows + step * 2 * kPairs;
+      const uint32_t* keys = job.panel + step * kKeys * kPairs;
+      _tile_loadd(4, rows, pitch);
+      _tile_loadd(5, rows + 16 * job.pitch, pitch);
+      _tile_loadd(6, keys, 64);
+      _tile_loadd(7, keys + 16 * kPairs, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 4, 7);
+      _tile_dpbf16ps(2, 5, 6);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, &sums[0][0], sizeof sums[0]);
+    _tile_stored(1, &sums[0][1], sizeof sums[0]);
+    _tile_stored(2, &sums[16][0], sizeof sums[0]);
+    _tile_stored(3, &sums[16][1], sizeof sums[0]);
+    __asm__ volatile("" ::: "memory");
   }
+};
+
+static void assign(const AssignJob& job, void* keys, void* rows, float* best) {
   const TileShapes shapes;
   _tile_loadconfig(&shapes);
-  for (int64_t tile = 0; tile < job.count; tile += job.tile) {
-    const int64_t tile_end = job.count - tile < job.tile ? job.count : tile + job.tile;
-    for (int64_t j = tile; j < tile_end; j += kKeys) {
-      const int64_t left = tile_end - j;
-      pack_pairs(panels + (j - tile) / kKeys * panel_size, job, job.keys + j, left < kKeys ? left : kKeys, steps);
-    }
-    for (int64_t block = 0; block < job.tokens; block += kTokens) {
-      const int64_t there = job.tokens - block < kTokens ? job.tokens - block : kTokens;
-      for (int64_t r = 0; r < kTokens; ++r) {
-        uint16_t* to = rows + r * pitch;
-        const uint16_t* row = metric + job.token[block + (r < there ? r : there - 1)] * job.row_stride;
-        __builtin_memcpy(to, row, static_cast<size_t>(job.dim) * 2);
-        __builtin_memset(to + job.dim, 0, static_cast<size_t>(32 * steps - job.dim) * 2);
-      }
-      Sixteen similarity[kTokens];
-      SixteenSlots slot[kTokens];
-      for (int64_t r = 0; r < kTokens; ++r) {
-        similarity[r] = Sixteen{} - __builtin_inff();
-        slot[r] = SixteenSlots{};
-      }
-      for (int64_t j = tile; j < tile_end; j += kKeys) {
-        const uint32_t* panel = panels + (j - tile) / kKeys * panel_size;
-        __asm__ volatile("" ::: "memory");  // the tile loads do not say that they read memory
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        for (int64_t step = 0; step < steps; ++step) {
-          _tile_loadd(4, rows + step * 32, static_cast<size_t>(pitch) * 2);
-          _tile_loadd(5, rows + step * 32 + 16 * pitch, static_cast<size_t>(pitch) * 2);
-          _tile_loadd(6, panel + step * kKeys * kPairs, 64);
-          _tile_loadd(7, panel + step * kKeys * kPairs + 16 * kPairs, 64);
-          _tile_dpbf16ps(0, 4, 6);
-          _tile_dpbf16ps(1, 4, 7);
-          _tile_dpbf16ps(2, 5, 6);
-          _tile_dpbf16ps(3, 5, 7);
-        }
-        Sixteen sums[2][2][16];  // [tokens / 16][keys / 16][16]
-        _tile_stored(0, sums[0][0], 64);
-        _tile_stored(1, sums[0][1], 64);
-        _tile_stored(2, sums[1][0], 64);
-        _tile_stored(3, sums[1][1], 64);
-        __asm__ volatile("" ::: "memory");
-        SixteenSlots slots;
-        for (int lane = 0; lane < 16; ++lane) {
-          slots[lane] = static_cast<int32_t>(j) + lane;
-        }
-        for (int half = 0; half < 2; ++half, slots += 16) {
-          for (int64_t r = 0; r < kTokens; ++r) {
-            const Sixteen sum = sums[r / 16][half][r % 16];
-            const auto better = sum > similarity[r];
-            similarity[r] = better ? sum : similarity[r];
-            slot[r] = better ? slots : slot[r];
-          }
-        }
-      }
-      for (int64_t r = 0; r < there; ++r) {
-        settle(similarity[r], slot[r], job.assign + job.token[block + r], best + block + r);
-      }
-    }
-  }
+  assign_pairs<Tiles>(job, keys, rows, best);
   _tile_release();
 }
