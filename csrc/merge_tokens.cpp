@@ -112,8 +112,8 @@ class Assign {
 
   // Tokens begin..end of samples first..last.
   void operator()(int64_t first, int64_t last, int64_t begin, int64_t end) const {
-    const auto keys = std::make_unique<Line[]>(static_cast<size_t>(keys_bytes_ / 64 + 1));
-    const auto rows = std::make_unique<Line[]>(static_cast<size_t>(rows_bytes_ / 64 + kernels_.block));
+    const auto keys = std::unique_ptr<Line[]>(new Line[static_cast<size_t>(keys_bytes_ / 64 + 1)]);
+    const auto rows = std::unique_ptr<Line[]>(new Line[static_cast<size_t>(rows_bytes_ / 64 + kernels_.block)]);
     const auto best = std::make_unique<float[]>(static_cast<size_t>(end - begin));
     std::vector<int64_t> half, other;
     for (int64_t b = first; b < last; ++b) {

@@ -12,12 +12,12 @@ typedef int32_t SixteenSlots __attribute__((vector_size(64)));
 // Whether a value is not 0 but below 2^-40: then products of others may be lost beside it, or its own.
 static bool has_small_values(const Bf16* row, int64_t dim) {
   constexpr uint16_t kLimit = (127 - 40) << 7;
-  uint16_t small = 0;
+  uint16_t least = 0xFFFF;
   for (int64_t c = 0; c < dim; ++c) {
     const uint16_t below = static_cast<uint16_t>((row[c].bits & 0x7FFF) - 1);  // 0 becomes the largest of all
-    small |= static_cast<uint16_t>(below < kLimit - 1);
+    least = below < least ? below : least;
   }
-  return small != 0;
+  return least < kLimit - 1;
 }
 
 // panel [steps][2][kPairs][16] of pairs: 16 keys beside each other, twice, for each 32 values; NaN beside the keys, zeros
@@ -64,6 +64,10 @@ static inline void assign_pairs(const AssignJob& job, void* key_scratch, void* r
   const int64_t pitch = 32 * (steps | 1);  // an odd number of cache lines: rows do not compete for the same ones
   uint32_t* panels = static_cast<uint32_t*>(key_scratch);
   uint16_t* rows = static_cast<uint16_t*>(row_scratch);  // [kTokens][pitch]
+  SixteenSlots lanes;
+  for (int lane = 0; lane < 16; ++lane) {
+    lanes[lane] = lane;
+  }
   for (int64_t n = 0; n < job.tokens; ++n) {
     best[n] = -__builtin_inff();
     job.assign[job.token[n]] = 0;
@@ -91,11 +95,8 @@ static inline void assign_pairs(const AssignJob& job, void* key_scratch, void* r
       for (int64_t j = tile; j < tile_end; j += kKeys) {
         Sixteen sums[kTokens][2];
         Unit::multiply({rows, pitch, panels + (j - tile) / kKeys * panel_size, steps, tile_end - j}, sums);
-        SixteenSlots slots;
-        for (int lane = 0; lane < 16; ++lane) {
-          slots[lane] = static_cast<int32_t>(j) + lane;
-        }
-        for (int half = 0; half < 2; ++half, slots += 16) {
+        for (int half = 0; half < 2; ++half) {
+          const SixteenSlots slots = lanes + static_cast<int32_t>(j + 16 * half);
           for (int64_t r = 0; r < kTokens; ++r) {
             const auto better = sums[r][half] > similarity[r];
             similarity[r] = better ? sums[r][half] : similarity[r];
