@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sparsify_kernels import Windows, window_attention
+from sparsify_kernels import Windows, _registry, window_attention
 from sparsify_kernels.testing import (
     LAYOUTS,
     WINDOW_SHAPES,
@@ -74,6 +74,29 @@ def test_the_penalty_between_regions_is_a_hundred_and_no_more() -> None:
     bias = torch.tensor([[[100 + LOG3, 0.0, 0.0]]], dtype=torch.float64)
     got = window_attention(qkv.double(), bias, windows([0, 1], [0, 2], [0, 1], [0, 1]))
     torch.testing.assert_close(got.flatten(), torch.tensor([7.0, 8.0], dtype=torch.float64))
+
+
+@pytest.mark.parametrize("places", [3, 40], ids=["one tile", "several"])  # of Triton's
+@pytest.mark.parametrize("region", [[0, 1, 2], [5, 2**40, -3]], ids=str)
+@pytest.mark.parametrize("backend", sorted(_registry.implementations("window_attention")))
+def test_the_penalty_does_not_grow_with_the_number_of_a_region(backend: str, region: list[int], places: int) -> None:
+    """Three tokens of three regions. A bias of 100 + log 3 makes the weights of the first and the last 1 and 3 for the
+    first."""
+    device = "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
+    bias = torch.zeros(1, 1, 2 * places - 1)
+    bias[0, 0, places - 3] = 100 + LOG3  # of a query two places to the left of its key
+    tensors = (packed([0] * 3, [0] * 3, [4, 8, 12]), bias, None, *windows([0, 1, 2], [0, 3], [0, 1, 2], region))
+    args = [None if t is None else t.to(device) for t in tensors]
+    output, lse = _registry.implementations("window_attention")[backend](*args, False)
+    backward = _registry.implementations("window_attention_backward")[backend]
+    dqkv, dbias, _ = backward(torch.ones_like(output), *args, lse, False, [True, True, True])
+    close = {"rtol": 1e-4, "atol": 1e-4}  # 100 + log 3 is rounded
+    torch.testing.assert_close(output.flatten().cpu(), torch.tensor([10.0, 8.0, 12.0]), **close)
+    torch.testing.assert_close(lse.flatten().cpu(), torch.tensor([math.log(4.0), 0.0, 0.0]), **close)
+    torch.testing.assert_close(dqkv[:, 2].flatten().cpu(), torch.tensor([0.25, 1.0, 1.75]), **close)
+    want = torch.zeros_like(bias)
+    want[0, 0, places - 3], want[0, 0, places - 1] = 1.5, -1.5
+    torch.testing.assert_close(dbias.cpu(), want, **close)
 
 
 def test_bias_knows_rows_from_columns_and_query_from_key() -> None:
