@@ -18,7 +18,7 @@ CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl)
 DEMO_DATA ?= data/demo
 DEMO_RUN ?= runs/demo
 # What two cores render in a minute or two. A clip costs the encoders the same however much is asked about it: ask much.
-DEMO_CLIPS ?= --train 3000 --questions 14 16 --eval-questions 8 9
+DEMO_CLIPS ?= --train 2800 --questions 14 16 --eval-questions 8 9
 
 # Tests in as many processes as there are cores, eight at most.
 SHARED := --numprocesses auto --maxprocesses 8 --dist worksteal
