@@ -63,7 +63,8 @@ struct MergeKernels {
   int64_t panel;  // by so many keys
 };
 
-// bf16 of at least 32 values, multiplied without widening; no row of those assigned, nor of their keys, has small values.
+// bf16 of at least 32 values, multiplied without widening; no row of those assigned, nor of their keys, has small
+// values.
 struct Bf16Kernels {
   bool (*has_small_values)(const Bf16* row, int64_t dim);
   void (*assign)(const AssignJob&, void* keys, void* rows, float* best);

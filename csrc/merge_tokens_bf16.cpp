@@ -1,9 +1,9 @@
 // The units of this machine that multiply bf16 without widening it.
 
-#include "merge_tokens.h"
-
 #include <cstdlib>
 #include <cstring>
+
+#include "merge_tokens.h"
 
 #if defined(__x86_64__) && defined(__GNUC__) && __GNUC__ >= 10
 #define SPARSIFY_PAIRS

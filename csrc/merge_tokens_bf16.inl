@@ -1,5 +1,5 @@
-// The nearest key by AVX-512's dot products of pairs of bf16: 12 tokens by 32 keys at a time, each sum over the width in
-// ascending order of pairs. Included inside a target that has them.
+// The nearest key by AVX-512's dot products of pairs of bf16: 12 tokens by 32 keys at a time, each sum over the width
+// in ascending order of pairs. Included inside a target that has them.
 
 #include "merge_tokens_pairs.inl"
 

@@ -1,6 +1,6 @@
-// The nearest key by products of bf16 without widening: they are exact, the sums are in fp32. Units that multiply so take
-// values in pairs and numbers below 2^-126 for zero, products too: tokens with values small enough for that to matter do
-// not come here (has_small_values). What the units share; included inside the target of one.
+// The nearest key by products of bf16 without widening: they are exact, the sums are in fp32. Units that multiply so
+// take values in pairs and numbers below 2^-126 for zero, products too: tokens with values small enough for that to
+// matter do not come here (has_small_values). What the units share; included inside the target of one.
 
 #include "merge_tokens_lanes.inl"
 
@@ -20,8 +20,8 @@ static bool has_small_values(const Bf16* row, int64_t dim) {
   return least < kLimit - 1;
 }
 
-// panel [steps][2][kPairs][16] of pairs: 16 keys beside each other, twice, for each 32 values; NaN beside the keys, zeros
-// behind their values.
+// panel [steps][2][kPairs][16] of pairs: 16 keys beside each other, twice, for each 32 values; NaN beside the keys,
+// zeros behind their values.
 static void pack_pairs(uint32_t* panel, const AssignJob& job, const int64_t* keys, int64_t count, int64_t steps) {
   const uint16_t* metric = static_cast<const uint16_t*>(job.metric);
   for (int64_t step = 0; step < steps; ++step) {
@@ -54,8 +54,8 @@ struct PairJob {
   int64_t steps, keys;
 };
 
-// Unit::multiply(job, sums) writes sums [kTokens][2] of 16 keys; whatever it likes beyond the keys, but no more than what
-// is packed there gives.
+// Unit::multiply(job, sums) writes all sums [kTokens][2] of 16 keys: beyond the keys NaN, as what is packed there
+// gives.
 template <class Unit>
 static inline void assign_pairs(const AssignJob& job, void* key_scratch, void* row_scratch, float* best) {
   constexpr int64_t kTokens = Unit::kTokens;
