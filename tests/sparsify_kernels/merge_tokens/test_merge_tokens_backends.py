@@ -156,14 +156,15 @@ def test_special_metrics(backend: str, dtype: torch.dtype) -> None:
     spiked[0, 7] = torch.nan
     spiked[1, 9, 3] = torch.inf
     spiked[1, keys.index[1, 4]] = torch.nan
-    one_small = torch.zeros(2, 60, 48, dtype=torch.float64)
-    one_small[..., 0] = signs[..., 0] * small
+    one_small = [signs * 0 for _ in range(4)]
+    for metric, at in zip(one_small, (0, 31, 32, 47), strict=True):
+        metric[..., at] = signs[..., at] * small
     # Only the keys, or only the other tokens, so small that their products are subnormal.
     key = keys.index[..., None].expand(-1, -1, 48)
     small_keys = (signs * 2.0**-39).scatter(1, key, signs[:, :20] * 2.0**-100)
     small_tokens = (signs * 2.0**-100).scatter(1, key, signs[:, :20] * 2.0**-39)
     equal = (signs * 0, signs * 0 + 1)
-    for metric in (*equal, -signs.abs(), signs * small, one_small, small_keys, small_tokens, spiked):
+    for metric in (*equal, -signs.abs(), signs * small, *one_small, small_keys, small_tokens, spiked):
         m = metric.to(dtype)
         args = (torch.ones(2, 60, 1), m, *keys, None, None)
         assert_same(FORWARD[backend](*args)[2], reference.merge_tokens(*args)[2])
