@@ -31,7 +31,6 @@ pytestmark = pytest.mark.filterwarnings("ignore:bf16 and fp16 are mixed in the s
 
 Make = Callable[..., Any]
 
-
 # Known and not understood yet: under autocast, scores are NaN in a step that inductor compiled.
 INDUCTOR = (
     pytest.mark.slow,
@@ -93,7 +92,7 @@ def test_kernels_served_every_op_of_a_training_step(calls: list[Traced]) -> None
 
 @NEEDS_CPP
 def test_no_operation_of_a_step_reads_a_matrix_of_visual_and_audio_tokens(profiled: Any) -> None:
-    """Nothing but the reference's, which this turns red on."""
+    """Those of the reference do: on it this test turns red."""
     pairs = ([VISUAL, AUDIO], [AUDIO, VISUAL])
     assert [e.name for e in profiled.events() for s in e.input_shapes or [] if list(s[-2:]) in pairs] == []
 
