@@ -127,6 +127,21 @@ inline void multiply_panels(int64_t rows, int64_t keys, int64_t depth, const A* 
   }
 }
 
+// to[columns] += the rows of a chunk, each by its factor. A few rows at a time, then those sums, then chunks: added one
+// after the other, equal rows would all be rounded the same way.
+template <class A>
+inline void add_up(int64_t rows, int64_t columns, const A* factors, const A* chunk, A* to) {
+  constexpr int64_t kFew = 8;
+  A sum[kChunk] = {};
+  for (int64_t i = 0; i < rows; i += kFew) {
+    multiply<A, false>(1, columns / Lanes<A>::width, smaller(kFew, rows - i), factors + i, 0, chunk + i * kChunk,
+                       kChunk, sum, 0, Finish<A>{nullptr, A{1}});
+  }
+  for (int64_t c = 0; c < columns; ++c) {
+    to[c] += sum[c];
+  }
+}
+
 template <class T, class A>
 inline void pack_panels(const Rows<T>& from, int64_t begin, int64_t keys, A* panels, A* some) {
   for (int64_t j = 0; j < keys; j += kPanel<A>) {
@@ -329,20 +344,10 @@ class Forward {
     }
   }
 
-  // Adds the probabilities of the tile to what each key received. A few at a time, then those sums, then tiles: added
-  // one after the other, equal probabilities would all be rounded the same way.
+  // Adds the probabilities of the tile to what each key received.
   void receive(int64_t rows) {
-    constexpr int64_t kFew = 8;
     for (int64_t j = 0; j < keys_; j += kChunk) {
-      const int64_t columns = smaller(kChunk, keys_ - j);
-      A sum[kChunk] = {};
-      for (int64_t i = 0; i < rows; i += kFew) {
-        multiply<A, false>(1, columns / size_.lanes, smaller(kFew, rows - i), inverse_ + i, 0,
-                           logits_ + j * size_.tile + i * kChunk, kChunk, sum, 0, Finish<A>{nullptr, A{1}});
-      }
-      for (int64_t c = 0; c < columns; ++c) {
-        received_[j + c] += sum[c];
-      }
+      add_up(rows, smaller(kChunk, keys_ - j), inverse_, logits_ + j * size_.tile, received_ + j);
     }
   }
 

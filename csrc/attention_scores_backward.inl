@@ -190,7 +190,7 @@ class Backward {
                           grad_key_rows_ + j * size_.dim, size_.dim, add);
       }
       if (args_.dkey_bias != nullptr) {
-        multiply<A, false>(1, columns / size_.lanes, rows, ones_, 0, grads, kChunk, grad_bias_ + j, 0, add);
+        add_up(rows, columns, ones_, grads, grad_bias_ + j);
       }
     }
   }

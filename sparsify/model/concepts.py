@@ -30,7 +30,8 @@ def strongest_and_mean(evidence: Tensor, size: Tensor, valid: Tensor) -> tuple[T
     """
     share = torch.where(valid, size, 0.0)
     share = (share / share.sum(-1, keepdim=True)).to(evidence.dtype)
-    strongest = evidence.masked_fill(~valid.unsqueeze(-1), -torch.inf).amax(-2)
+    # Not amax: its gradient asks who equals the maximum, and compiled in bf16 nobody need be: the maximum is rounded.
+    strongest = evidence.masked_fill(~valid.unsqueeze(-1), -torch.inf).max(-2).values
     return strongest, (share.unsqueeze(-2) @ evidence).squeeze(-2)
 
 

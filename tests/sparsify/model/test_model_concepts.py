@@ -19,6 +19,25 @@ def test_strongest_and_mean_of_a_table():
     assert mean.tolist() == [[(3 * 1.0 + 4.0) / 4, (3 * -3.0 - 1.0) / 4]]
 
 
+def test_the_strongest_has_a_gradient_when_compiled_in_bf16():
+    """The compiled maximum is rounded, and what it is the maximum of is not: nothing may ask whether both are equal."""
+    torch.manual_seed(0)
+    project = torch.nn.Linear(16, 16)
+    tokens, size = torch.randn(3, 20, 16), torch.ones(3, 20)
+
+    def strongest(x):
+        return strongest_and_mean(F.gelu(project(x)), size, torch.ones(3, 20, dtype=torch.bool))[0]
+
+    def gradient(function):
+        project.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            function(tokens).float().square().sum().backward()
+        return project.weight.grad.clone()
+
+    found = gradient(torch.compile(strongest, fullgraph=True))
+    torch.testing.assert_close(found, gradient(strongest), rtol=0.02, atol=0.02)
+
+
 def test_concepts_tell_the_modalities_apart_and_see_no_empty_slot(tiny, make_model, make_batch):
     config = tiny(merge__fence=1.5)
     video, _, _ = make_batch(config)
