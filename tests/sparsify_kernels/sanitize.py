@@ -88,6 +88,7 @@ def main() -> int:
     chosen = SELECTED if given.k is None else f"({SELECTED}) and ({given.k})"
     # Only Python's own output is captured: what a sanitiser says before it ends the process is seen.
     options = ["-q", "-x", "--capture=sys", "-p", "no:cacheprovider", "-m", "not slow", "-k", chosen]
+    options += ["--numprocesses", "auto", "--maxprocesses", "8", "--dist", "worksteal"]
     command = [sys.executable, "-m", "pytest", *options]
     best = best_isa()
     isas = ISAS if best == "avx512" else ISAS[: ISAS.index(best) + 1]
