@@ -10,6 +10,7 @@
 #include <stdexcept>
 #include <string>
 #include <tuple>
+#include <type_traits>
 #include <vector>
 
 #include "common.h"
@@ -63,6 +64,9 @@ using Run = void (*)(const Args&, int64_t, int64_t);
 
 template <class T, class A>
 Run<AttentionForward> pick(const AttentionForward&) {
+  if (std::is_same_v<T, Bf16> && bf16_attention() != nullptr) {
+    return bf16_attention()->forward;
+  }
 #if defined(__x86_64__)
   switch (active_isa()) {
     case Isa::avx512:
@@ -78,6 +82,9 @@ Run<AttentionForward> pick(const AttentionForward&) {
 
 template <class T, class A>
 Run<AttentionBackward> pick(const AttentionBackward&) {
+  if (std::is_same_v<T, Bf16> && bf16_attention() != nullptr) {
+    return bf16_attention()->backward;
+  }
 #if defined(__x86_64__)
   switch (active_isa()) {
     case Isa::avx512:

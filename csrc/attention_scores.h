@@ -45,4 +45,13 @@ struct AttentionBackward {
   void *dq, *dk, *dv, *dkey_bias;  // null where not wanted; dkey_bias [B, H, keys], to be added up over heads
 };
 
+// For items begin..end.
+struct AttentionKernels {
+  void (*forward)(const AttentionForward&, int64_t begin, int64_t end);
+  void (*backward)(const AttentionBackward&, int64_t begin, int64_t end);
+};
+
+// For bf16 where the machine multiplies pairs of it, unless SPARSIFY_ISA rules that out; else null.
+const AttentionKernels* bf16_attention();
+
 }  // namespace sparsify

@@ -4,8 +4,11 @@
 // A tile of queries is done in two passes over the keys: the first rebuilds exp(logit - lse) and the gradient of the
 // probabilities and sums up each row, the second has the row sums and does the products. Dividing by the row's own
 // sum takes the rounding of lse out again.
+//
+// Operands of type O as in the forward. The product that gives dq takes sums of type A: the gradients of a row's logits
+// add up to 0, so that what its keys have in common cancels, and with rounded ones it would not.
 
-template <class A>
+template <class A, class O = A>
 class Backward {
  public:
   template <class T>
@@ -27,29 +30,36 @@ class Backward {
         bias_(scratch_.take<A>(size_.keys)),
         grad_keys_(scratch_.take<A>(size_.keys)),
         grad_bias_(scratch_.take<A>(size_.keys)),
-        queries_(scratch_.take<A>(size_.tile * size_.dim)),
+        queries_(scratch_.take<O>(size_.tile * size_.row)),
+        query_steps_(kRounded ? scratch_.take<O>(steps<O>(size_.tile) * size_.dim) : queries_),
         grad_queries_(scratch_.take<A>(size_.tile * size_.dim)),
-        grad_rows_(scratch_.take<A>(size_.tile * size_.value_dim)),
+        grad_rows_(scratch_.take<O>(size_.tile * size_.value_row)),
+        grad_steps_(kRounded ? scratch_.take<O>(steps<O>(size_.tile) * size_.value_dim) : grad_rows_),
         weights_(scratch_.take<A>(size_.tile * size_.chunks * kChunk)),
         grads_(scratch_.take<A>(size_.tile * size_.chunks * kChunk)),
         total_(scratch_.take<A>(size_.tile * size_.lanes)),
         mean_(scratch_.take<A>(size_.tile * size_.lanes)),
         ones_(scratch_.take<A>(size_.tile)),
-        key_panels_(scratch_.take<A>(size_.keys * in_.dim)),
-        value_panels_(scratch_.take<A>(size_.keys * in_.value_dim)),
+        key_panels_(scratch_.take<O>(size_.keys * size_.depth)),
+        value_panels_(scratch_.take<O>(size_.keys * size_.value_depth)),
         key_rows_(scratch_.take<A>(size_.keys * size_.dim)),
         grad_key_rows_(scratch_.take<A>(size_.keys * size_.dim)),
         grad_value_rows_(scratch_.take<A>(size_.keys * size_.value_dim)),
-        some_(scratch_.take<A>(size_.some())) {
+        some_(scratch_.take<O>(size_.some())),
+        rounded_(scratch_.take<O>(kRounded ? steps<O>(size_.tile) * kChunk : 0)) {
     fill(ones_, size_.tile, A{1});
   }
 
+  static constexpr bool kRounded = !kSame<O, A>;  // probabilities and gradients of logits are, but for dq
+
   // What the constructor takes, with room for rounding each piece up.
   int64_t bytes() const {
-    const int64_t numbers = size_.keys * (3 + in_.dim + in_.value_dim + 2 * size_.dim + size_.value_dim) +
-                            size_.tile * (2 * size_.dim + size_.value_dim + 2 * size_.chunks * kChunk) +
-                            size_.tile * (2 * size_.lanes + 1) + size_.some();
-    return numbers * static_cast<int64_t>(sizeof(A)) + (in_.queries + in_.keys) * 8 + 19 * 64;
+    static_assert(sizeof(O) == sizeof(A));
+    const int64_t rounded = kRounded ? steps<O>(size_.tile) * (size_.dim + size_.value_dim + kChunk) : 0;
+    const int64_t numbers = size_.keys * (3 + size_.depth + size_.value_depth + 2 * size_.dim + size_.value_dim) +
+                            size_.tile * (size_.row + size_.dim + size_.value_row + 2 * size_.chunks * kChunk) +
+                            size_.tile * (2 * size_.lanes + 1) + size_.some() + rounded;
+    return numbers * static_cast<int64_t>(sizeof(A)) + (in_.queries + in_.keys) * 8 + 22 * 64;
   }
 
   template <class T>
@@ -62,6 +72,16 @@ class Backward {
     const int64_t share_of = list_valid(in_.query_valid, b, in_.queries, query_index_);
     const A* lse = static_cast<const A*>(args_.lse.data) + b * args_.lse.batch + h * args_.lse.head;
     const int64_t query_count = list_live(lse, share_of);
+    const Rows<T> q = rows_of<T>(in_.q, b, h, in_.dim, query_index_, query_count);
+    const Rows<T> k = rows_of<T>(in_.k, b, h, in_.dim, key_index_, key_count);
+    const bool values = in_.v.data != nullptr && args_.grad_output.data != nullptr;
+    const Rows<T> v = rows_of<T>(in_.v, b, h, values ? in_.value_dim : 0, key_index_, key_count);
+    const Rows<T> g = rows_of<T>(args_.grad_output, b, h, v.width, query_index_, query_count);
+    if constexpr (kRounded) {
+      if (has_small_values(q, 0) || has_small_values(k, 0) || has_small_values(v, 0) || has_small_values(g, 0)) {
+        return Backward<A>::template run<T>(args_, head, head + 1);
+      }
+    }
     keys_ = rounded_up(key_count, size_.lanes);
     list_bias(in_.key_bias, b, key_index_, key_count, keys_, bias_);
     list_grad_received(b, key_count, A{1} / static_cast<A>(in_.heads * (share_of > 0 ? share_of : 1)));
@@ -69,18 +89,17 @@ class Backward {
     fill(grad_key_rows_, keys_ * size_.dim, A{0});
     fill(grad_value_rows_, keys_ * size_.value_dim, A{0});
 
-    const Rows<T> q = rows_of<T>(in_.q, b, h, in_.dim, query_index_, query_count);
-    const Rows<T> k = rows_of<T>(in_.k, b, h, in_.dim, key_index_, key_count);
-    const bool values = in_.v.data != nullptr && args_.grad_output.data != nullptr;
-    const Rows<T> v = rows_of<T>(in_.v, b, h, values ? in_.value_dim : 0, key_index_, key_count);
-    const Rows<T> g = rows_of<T>(args_.grad_output, b, h, v.width, query_index_, query_count);
     if (dq != nullptr && (query_count < in_.queries || key_count == 0)) {
       __builtin_memset(static_cast<void*>(dq), 0, static_cast<size_t>(in_.queries * in_.dim) * sizeof(T));
     }
     for (int64_t i = 0; i < query_count && key_count > 0; i += size_.tile) {
       const int64_t rows = smaller(size_.tile, query_count - i);
-      pack_rows(q, i, i + rows, queries_, size_.dim);
-      pack_rows(g, i, i + rows, grad_rows_, size_.value_dim);
+      pack_rows(q, i, i + rows, queries_, size_.row);
+      pack_rows(g, i, i + rows, grad_rows_, size_.value_row);
+      if constexpr (kRounded) {
+        pack_steps(q, i, i + rows, query_steps_, size_.dim);
+        pack_steps(g, i, i + rows, grad_steps_, size_.value_dim);
+      }
       rebuild(rows, i, lse, k, v, i == 0);
       row_sums(rows);
       products(rows, v.width > 0);
@@ -127,14 +146,14 @@ class Backward {
       const int64_t columns = smaller(kChunk, keys_ - j);
       A *weights = weights_ + j * size_.tile, *grads = grads_ + j * size_.tile;
       if (pack) {
-        pack_panels(k, j, columns, key_panels_ + j * in_.dim, some_);
-        pack_panels(v, j, columns, value_panels_ + j * in_.value_dim, some_);
+        pack_panels(k, j, columns, key_panels_ + j * size_.depth, some_);
+        pack_panels(v, j, columns, value_panels_ + j * size_.value_depth, some_);
         pack_rows(k, j, j + columns, key_rows_ + j * size_.dim, size_.dim);
       }
-      multiply_panels(rows, columns, in_.dim, queries_, size_.dim, key_panels_ + j * in_.dim, weights, bias_ + j,
-                      scale);
-      multiply_panels(rows, columns, v.width, grad_rows_, size_.value_dim, value_panels_ + j * in_.value_dim, grads,
-                      grad_keys_ + j, A{1});
+      multiply_panels(rows, columns, size_.depth, queries_, size_.row, key_panels_ + j * size_.depth, weights,
+                      bias_ + j, scale);
+      multiply_panels(rows, columns, steps<O>(v.width), grad_rows_, size_.value_row,
+                      value_panels_ + j * size_.value_depth, grads, grad_keys_ + j, A{1});
       for (int64_t r = 0; r < rows; ++r) {
         const A top = lse[query_index_[first + r] * args_.lse.row];
         Vector<A> total = load(total_ + r * size_.lanes), mean = load(mean_ + r * size_.lanes);
@@ -157,9 +176,29 @@ class Backward {
       const A mean = sum_of<A>(load(mean_ + r * size_.lanes)) * inverse;
       total_[r] = inverse;
       mean_[r] = mean;
-      for (int64_t c = 0; c < size_.value_dim; ++c) {
-        grad_rows_[r * size_.value_dim + c] *= inverse;  // so that the weights need no division
+      if constexpr (!kRounded) {
+        for (int64_t c = 0; c < size_.value_dim; ++c) {
+          grad_rows_[r * size_.value_dim + c] *= inverse;  // so that the weights need no division
+        }
       }
+    }
+  }
+
+  // A chunk of [rows, columns] as the left operands of a product down its rows; rounded ones are of each row times its
+  // factor, the others as they are.
+  const O* transposed(int64_t rows, int64_t columns, const A* chunk, const A* factors) {
+    if constexpr (kRounded) {
+      for (int64_t r = 0; r < rows; r += 2) {
+        const bool second = r + 1 < rows;
+        for (int64_t c = 0; c < columns; c += size_.lanes) {
+          const A* one = chunk + r * kChunk + c;
+          store_rounded(rounded_ + steps<O>(r) * kChunk + c, load(one) * factors[r],
+                        second ? load(one + kChunk) * factors[r + 1] : Vector<A>{});
+        }
+      }
+      return rounded_;
+    } else {
+      return chunk;
     }
   }
 
@@ -172,7 +211,8 @@ class Backward {
       const int64_t columns = smaller(kChunk, keys_ - j);
       A *weights = weights_ + j * size_.tile, *grads = grads_ + j * size_.tile;
       if (values && args_.dv != nullptr) {
-        multiply<A, true>(columns, size_.value_dim / size_.lanes, rows, weights, kChunk, grad_rows_, size_.value_dim,
+        multiply<O, true>(columns, size_.value_dim / size_.lanes, steps<O>(rows),
+                          transposed(rows, columns, weights, total_), kChunk, grad_steps_, size_.value_dim,
                           grad_value_rows_ + j * size_.value_dim, size_.value_dim, add);
       }
       for (int64_t r = 0; r < rows && logits; ++r) {
@@ -186,8 +226,8 @@ class Backward {
                            grad_queries_, size_.dim, add);
       }
       if (args_.dk != nullptr) {
-        multiply<A, true>(columns, size_.dim / size_.lanes, rows, grads, kChunk, queries_, size_.dim,
-                          grad_key_rows_ + j * size_.dim, size_.dim, add);
+        multiply<O, true>(columns, size_.dim / size_.lanes, steps<O>(rows), transposed(rows, columns, grads, ones_),
+                          kChunk, query_steps_, size_.dim, grad_key_rows_ + j * size_.dim, size_.dim, add);
       }
       if (args_.dkey_bias != nullptr) {
         add_up(rows, columns, ones_, grads, grad_bias_ + j);
@@ -211,10 +251,16 @@ class Backward {
 
   const AttentionBackward& args_;
   const AttentionInputs& in_;
-  const Sizes<A> size_;
+  const Sizes<A, O> size_;
   Scratch scratch_;
   int64_t *query_index_, *key_index_;
-  A *bias_, *grad_keys_, *grad_bias_, *queries_, *grad_queries_, *grad_rows_, *weights_, *grads_, *total_, *mean_;
-  A *ones_, *key_panels_, *value_panels_, *key_rows_, *grad_key_rows_, *grad_value_rows_, *some_;
+  A *bias_, *grad_keys_, *grad_bias_;
+  O *queries_, *query_steps_;
+  A* grad_queries_;
+  O *grad_rows_, *grad_steps_;
+  A *weights_, *grads_, *total_, *mean_, *ones_;
+  O *key_panels_, *value_panels_;
+  A *key_rows_, *grad_key_rows_, *grad_value_rows_;
+  O *some_, *rounded_;
   int64_t keys_ = 0;  // valid ones, filled up to whole vectors
 };

@@ -52,6 +52,34 @@ inline Isa active_isa() {
   return isa;
 }
 
+#if defined(__x86_64__) && defined(__GNUC__) && __GNUC__ >= 10
+#define SPARSIFY_PAIRS  // the compiler knows AVX-512's dot products of pairs of bf16
+#endif
+
+// The units for bf16 that SPARSIFY_ISA leaves in use, where the machine has them: every one if it is not set, pairs
+// alone if it says avx512_bf16, else none.
+enum class Bf16Units { none, pairs, all };
+
+inline Bf16Units allowed_bf16_units() {
+  const char* wanted = std::getenv("SPARSIFY_ISA");
+  if (active_isa() != Isa::avx512) {
+    return Bf16Units::none;
+  }
+  if (wanted == nullptr) {
+    return Bf16Units::all;
+  }
+  return std::strcmp(wanted, "avx512_bf16") == 0 ? Bf16Units::pairs : Bf16Units::none;
+}
+
+// Whether the machine multiplies pairs of bf16.
+inline bool has_pairs() {
+#if defined(SPARSIFY_PAIRS)
+  return __builtin_cpu_supports("avx512bf16") != 0;
+#else
+  return false;
+#endif
+}
+
 template <class T>
 inline void copy_strided(char* to, const char* from, int64_t count, int64_t stride) {
   for (int64_t i = 0; i < count; ++i) {

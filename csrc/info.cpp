@@ -22,6 +22,7 @@ py::dict cpu_features() {
   features["avx512vl"] = __builtin_cpu_supports("avx512vl") != 0;
   features["avx512dq"] = __builtin_cpu_supports("avx512dq") != 0;
   features["avx512vnni"] = __builtin_cpu_supports("avx512vnni") != 0;
+  features["avx512bf16"] = sparsify::has_pairs();
 #endif
   return features;
 }

@@ -1,12 +1,9 @@
 // The units of this machine that multiply bf16 without widening it.
 
-#include <cstdlib>
-#include <cstring>
-
+#include "common.h"
 #include "merge_tokens.h"
 
-#if defined(__x86_64__) && defined(__GNUC__) && __GNUC__ >= 10
-#define SPARSIFY_PAIRS
+#if defined(SPARSIFY_PAIRS)
 #include <immintrin.h>
 #endif
 #if defined(SPARSIFY_PAIRS) && defined(__linux__) && __GNUC__ >= 11
@@ -25,10 +22,6 @@ namespace pairs {
 #include "merge_tokens_bf16.inl"
 }  // namespace pairs
 #pragma GCC pop_options
-
-bool has_pairs() {
-  return __builtin_cpu_supports("avx512bf16");
-}
 
 constexpr Bf16Kernels kPairs = {pairs::has_small_values, pairs::assign};
 #endif
@@ -52,18 +45,14 @@ constexpr Bf16Kernels kTiles = {tiles::has_small_values, tiles::assign};
 #endif
 
 const Bf16Kernels* pick() {
-  const char* wanted = std::getenv("SPARSIFY_ISA");
-  const bool pairs_wanted = wanted != nullptr && std::strcmp(wanted, "avx512_bf16") == 0;
-  if (active_isa() != Isa::avx512 || (wanted != nullptr && !pairs_wanted)) {
-    return nullptr;
-  }
+  [[maybe_unused]] const Bf16Units allowed = allowed_bf16_units();
 #if defined(SPARSIFY_TILES)
-  if (!pairs_wanted && has_tiles()) {
+  if (allowed == Bf16Units::all && has_tiles()) {
     return &kTiles;
   }
 #endif
 #if defined(SPARSIFY_PAIRS)
-  if (has_pairs()) {
+  if (allowed != Bf16Units::none && has_pairs()) {
     return &kPairs;
   }
 #endif

@@ -3,21 +3,16 @@
 // matter do not come here (has_small_values). What the units share; included inside the target of one.
 
 #include "merge_tokens_lanes.inl"
+#include "small_values.inl"
 
 static constexpr int64_t kKeys = 32, kPairs = 16;  // of a panel, and of a step through its values
 
 typedef float Sixteen __attribute__((vector_size(64)));
 typedef int32_t SixteenSlots __attribute__((vector_size(64)));
 
-// Whether a value is not 0 but below 2^-40: then products of others may be lost beside it, or its own.
+// Below 2^-40 products of other values may be lost beside a value's, or its own.
 static bool has_small_values(const Bf16* row, int64_t dim) {
-  constexpr uint16_t kLimit = (127 - 40) << 7;
-  uint16_t least = 0xFFFF;
-  for (int64_t c = 0; c < dim; ++c) {
-    const uint16_t below = static_cast<uint16_t>((row[c].bits & 0x7FFF) - 1);  // 0 becomes the largest of all
-    least = below < least ? below : least;
-  }
-  return least < kLimit - 1;
+  return has_values_below<-40>(row, dim);
 }
 
 // panel [steps][2][kPairs][16] of pairs: 16 keys beside each other, twice, for each 32 values; NaN beside the keys,

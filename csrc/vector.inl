@@ -267,6 +267,20 @@ SPARSIFY_INLINE void transpose_square(const A* from, int64_t from_row, A* to, in
 constexpr int kBlockRows = 6;
 constexpr int kBlockVectors = SPARSIFY_VECTOR_BYTES == 64 ? 4 : 2;
 
+// Numbers along the depth of a product that one operand holds, and what it takes to hold `count` of them.
+template <class O>
+constexpr int64_t kNumbers = 1;
+template <class O>
+SPARSIFY_INLINE int64_t steps(int64_t count) {
+  return (count + kNumbers<O> - 1) / kNumbers<O>;
+}
+
+// One step of a product: with the type of the operands may come another sum than this one.
+template <class A>
+SPARSIFY_INLINE Vector<A> multiply_add(A left, Vector<A> right, Vector<A> total) {
+  return total + left * right;
+}
+
 // What becomes of a product: c = product * factor + addend (a row, for every row of c), or c += product where there is
 // no addend.
 template <class A>
@@ -275,24 +289,28 @@ struct Finish {
   A factor;
 };
 
+template <class O>
+using Sum = typename Accumulator<O>::type;
+
 // A is [rows, depth], or [depth, rows] where kTransposed; B [depth, vectors].
-template <class A, bool kTransposed, int kRows, int kVectors>
-void block(int64_t depth, const A* a, int64_t a_row, const A* b, int64_t b_row, A* c, int64_t c_row,
-           const Finish<A>& finish) {
+template <class O, bool kTransposed, int kRows, int kVectors>
+void block(int64_t depth, const O* a, int64_t a_row, const O* b, int64_t b_row, Sum<O>* c, int64_t c_row,
+           const Finish<Sum<O>>& finish) {
+  using A = Sum<O>;
   constexpr int width = Lanes<A>::width;
   Vector<A> total[kRows][kVectors] = {};
   for (int64_t k = 0; k < depth; ++k) {
-    Vector<A> right[kVectors];
+    Vector<O> right[kVectors];
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       right[v] = load(b + k * b_row + v * width);
     }
 #pragma GCC unroll 6
     for (int r = 0; r < kRows; ++r) {
-      const A left = kTransposed ? a[k * a_row + r] : a[r * a_row + k];
+      const O left = kTransposed ? a[k * a_row + r] : a[r * a_row + k];
 #pragma GCC unroll 4
       for (int v = 0; v < kVectors; ++v) {
-        total[r][v] += left * right[v];
+        total[r][v] = multiply_add(left, right[v], total[r][v]);
       }
     }
   }
@@ -308,21 +326,21 @@ void block(int64_t depth, const A* a, int64_t a_row, const A* b, int64_t b_row, 
   }
 }
 
-template <class A>
-using Block = void (*)(int64_t, const A*, int64_t, const A*, int64_t, A*, int64_t, const Finish<A>&);
+template <class O>
+using Block = void (*)(int64_t, const O*, int64_t, const O*, int64_t, Sum<O>*, int64_t, const Finish<Sum<O>>&);
 
-template <class A, bool kTransposed>
+template <class O, bool kTransposed>
 struct Blocks {
   template <int kRows, int kVectors>
-  static constexpr Block<A> pick(int vectors) {
+  static constexpr Block<O> pick(int vectors) {
     if constexpr (kVectors > 1) {
-      return vectors == kVectors ? block<A, kTransposed, kRows, kVectors> : pick<kRows, kVectors - 1>(vectors);
+      return vectors == kVectors ? block<O, kTransposed, kRows, kVectors> : pick<kRows, kVectors - 1>(vectors);
     } else {
-      return block<A, kTransposed, kRows, 1>;
+      return block<O, kTransposed, kRows, 1>;
     }
   }
   template <int kRows>
-  static constexpr Block<A> pick(int rows, int vectors) {
+  static constexpr Block<O> pick(int rows, int vectors) {
     if constexpr (kRows > 1) {
       return rows == kRows ? pick<kRows, kBlockVectors>(vectors) : pick<kRows - 1>(rows, vectors);
     } else {
@@ -333,17 +351,17 @@ struct Blocks {
 
 // C [rows, vectors * width] from A [rows, depth] ([depth, rows] where kTransposed) times B [depth, vectors * width].
 // Blocks of nearly equal size; their sizes, and so the rounding, depend on the sizes alone.
-template <class A, bool kTransposed>
-inline void multiply(int64_t rows, int64_t vectors, int64_t depth, const A* a, int64_t a_row, const A* b, int64_t b_row,
-                     A* c, int64_t c_row, Finish<A> finish) {
-  constexpr int width = Lanes<A>::width;
+template <class O, bool kTransposed>
+inline void multiply(int64_t rows, int64_t vectors, int64_t depth, const O* a, int64_t a_row, const O* b, int64_t b_row,
+                     Sum<O>* c, int64_t c_row, Finish<Sum<O>> finish) {
+  constexpr int width = Lanes<O>::width;
   const int64_t down = (rows + kBlockRows - 1) / kBlockRows, across = (vectors + kBlockVectors - 1) / kBlockVectors;
   for (int64_t j = 0; j < across; ++j) {
     const int64_t left = vectors * j / across, some_vectors = vectors * (j + 1) / across - left, at = left * width;
-    const Finish<A> here{finish.addend != nullptr ? finish.addend + at : nullptr, finish.factor};
+    const Finish<Sum<O>> here{finish.addend != nullptr ? finish.addend + at : nullptr, finish.factor};
     for (int64_t i = 0; i < down; ++i) {
       const int64_t top = rows * i / down, some_rows = rows * (i + 1) / down - top;
-      const Block<A> run = Blocks<A, kTransposed>::template pick<kBlockRows>(static_cast<int>(some_rows),
+      const Block<O> run = Blocks<O, kTransposed>::template pick<kBlockRows>(static_cast<int>(some_rows),
                                                                              static_cast<int>(some_vectors));
       run(depth, a + (kTransposed ? top : top * a_row), a_row, b + at, b_row, c + top * c_row + at, c_row, here);
     }
