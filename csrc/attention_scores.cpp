@@ -3,9 +3,9 @@
 
 #include "attention_scores.h"
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <cstring>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -185,25 +185,26 @@ int64_t work(const AttentionInputs& in) {
   return in.queries * in.keys * (in.dim + in.value_dim + 16) + in.keys * (in.dim + in.value_dim);
 }
 
-// to [B, N] = the rows from [B, rows, N] added up in order, times a factor for each sample.
+// to [B, N] = the rows from [B, rows, N] added up in order, times a factor for each sample; in double until the end.
 template <class A, class Factor>
 void add_rows(const void* from, int64_t samples, int64_t rows, int64_t columns, void* to, const Factor& factor) {
-  if (columns == 0) {
-    return;
-  }
+  constexpr int64_t kSome = 64;
   torch::stable::parallel_for(0, samples, grain(rows * columns, kWorth), [&](int64_t begin, int64_t end) {
     for (int64_t b = begin; b < end; ++b) {
-      const A* row = static_cast<const A*>(from) + b * rows * columns;
-      A* sum = static_cast<A*>(to) + b * columns;
-      std::memcpy(sum, row, static_cast<size_t>(columns) * sizeof(A));
-      for (int64_t i = 1; i < rows; ++i) {
-        for (int64_t j = 0; j < columns; ++j) {
-          sum[j] += row[i * columns + j];
+      const double times = factor(b);
+      for (int64_t first = 0; first < columns; first += kSome) {
+        const int64_t some = std::min(columns - first, kSome);
+        double sum[kSome] = {};
+        for (int64_t i = 0; i < rows; ++i) {
+          const A* row = static_cast<const A*>(from) + (b * rows + i) * columns + first;
+          for (int64_t j = 0; j < some; ++j) {
+            sum[j] += static_cast<double>(row[j]);
+          }
         }
-      }
-      const A times = static_cast<A>(factor(b));
-      for (int64_t j = 0; j < columns; ++j) {
-        sum[j] *= times;
+        A* sums = static_cast<A*>(to) + b * columns + first;
+        for (int64_t j = 0; j < some; ++j) {
+          sums[j] = static_cast<A>(sum[j] * times);
+        }
       }
     }
   });

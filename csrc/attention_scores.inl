@@ -35,6 +35,7 @@ class Forward {
         logits_(scratch_.take<A>(size_.tile * size_.chunks * kChunk)),
         best_(scratch_.take<A>(size_.tile * size_.lanes)),
         total_(scratch_.take<A>(size_.tile * size_.lanes)),
+        lost_(scratch_.take<A>(size_.tile * size_.lanes)),
         top_(scratch_.take<A>(size_.tile)),
         inverse_(scratch_.take<A>(size_.tile)),
         panels_(scratch_.take<O>(kept() * size_.depth)),
@@ -53,10 +54,10 @@ class Forward {
   int64_t bytes() const {
     static_assert(sizeof(O) == sizeof(A));
     const int64_t numbers = 2 * size_.keys + size_.tile * (size_.row + size_.value_dim + size_.chunks * kChunk) +
-                            size_.tile * (2 * size_.lanes + 2) + kept() * size_.depth +
+                            size_.tile * (3 * size_.lanes + 2) + kept() * size_.depth +
                             steps<O>(kept()) * size_.value_dim + size_.some() +
                             (kRounded ? size_.tile * steps<O>(kChunk) : 0);
-    return numbers * static_cast<int64_t>(sizeof(A)) + (in_.queries + in_.keys) * 8 + 15 * 64;
+    return numbers * static_cast<int64_t>(sizeof(A)) + (in_.queries + in_.keys) * 8 + 16 * 64;
   }
 
   // The valid ones among queries begin..end of one head; its received attention goes to row `item`.
@@ -93,9 +94,9 @@ class Forward {
       probabilities(rows, v);
       packed_ = keep_;
       for (int64_t r = 0; r < rows; ++r) {
-        const A sum = top_[r] == -infinity ? A{0} : sum_of<A>(load(total_ + r * size_.lanes));
-        inverse_[r] = top_[r] == -infinity ? A{0} : 1 / sum;
-        lse[query_index_[i + r]] = top_[r] == -infinity ? infinity : top_[r] + logarithm(sum);
+        const double sum = sum_in_double(total_ + r * size_.lanes) + sum_in_double(lost_ + r * size_.lanes);
+        inverse_[r] = top_[r] == -infinity ? A{0} : static_cast<A>(1 / sum);
+        lse[query_index_[i + r]] = top_[r] == -infinity ? infinity : top_[r] + logarithm(static_cast<A>(sum));
         if (v.width > 0) {
           narrow_row(output_ + r * size_.value_dim, inverse_[r], v.width, output + query_index_[i + r] * in_.value_dim);
         }
@@ -152,6 +153,7 @@ class Forward {
   void probabilities(int64_t rows, const Rows<T>& v) {
     const A infinity = static_cast<A>(__builtin_inf());
     fill(total_, rows * size_.lanes, A{0});
+    fill(lost_, rows * size_.lanes, A{0});
     fill(output_, rows * size_.value_dim, A{0});
     for (int64_t j = 0; j < keys_; j += kChunk) {
       const int64_t columns = smaller(kChunk, keys_ - j);
@@ -162,7 +164,7 @@ class Forward {
       for (int64_t r = 0; r < rows; ++r) {
         A* row = chunk + r * kChunk;
         const A top = top_[r] == -infinity ? A{0} : top_[r];  // exp(-inf - 0) is 0, too
-        Vector<A> total = load(total_ + r * size_.lanes);
+        Vector<A> total = {};
         for (int64_t c = 0; c < columns; c += size_.lanes) {
           const Vector<A> e = exp_of<A>(load(row + c) - top);
           store(row + c, e);
@@ -171,7 +173,7 @@ class Forward {
           }
           total += e;
         }
-        store(total_ + r * size_.lanes, total);
+        add_exactly(total, total_ + r * size_.lanes, lost_ + r * size_.lanes);
       }
       if (v.width > 0) {
         if constexpr (kRounded) {
@@ -207,6 +209,22 @@ class Forward {
     }
   }
 
+  // sum += x, and to `lost` what rounding took from it (Knuth's two-sum): a large probability beside many small ones
+  // would otherwise be rounded each time.
+  static void add_exactly(Vector<A> x, A* sum, A* lost) {
+    const Vector<A> before = load(sum), after = before + x, added = after - before;
+    store(lost, load(lost) + ((before - (after - added)) + (x - added)));
+    store(sum, after);
+  }
+
+  static double sum_in_double(const A* lanes) {
+    double sum = 0;
+    for (int64_t i = 0; i < Lanes<A>::width; ++i) {
+      sum += static_cast<double>(lanes[i]);
+    }
+    return sum;
+  }
+
   static float logarithm(float x) {
     return __builtin_logf(x);
   }
@@ -229,7 +247,7 @@ class Forward {
   int64_t *query_index_, *key_index_;
   A *bias_, *received_;
   O* queries_;
-  A *output_, *logits_, *best_, *total_, *top_, *inverse_;
+  A *output_, *logits_, *best_, *total_, *lost_, *top_, *inverse_;
   O *panels_, *values_, *some_, *weights_;
   int64_t keys_ = 0;  // valid ones, filled up to whole vectors
   bool packed_ = false;
