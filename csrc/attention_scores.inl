@@ -217,14 +217,6 @@ class Forward {
     store(sum, after);
   }
 
-  static double sum_in_double(const A* lanes) {
-    double sum = 0;
-    for (int64_t i = 0; i < Lanes<A>::width; ++i) {
-      sum += static_cast<double>(lanes[i]);
-    }
-    return sum;
-  }
-
   static float logarithm(float x) {
     return __builtin_logf(x);
   }

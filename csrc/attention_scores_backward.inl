@@ -172,8 +172,9 @@ class Backward {
   // total_[r] = 1 / sum of the weights, mean_[r] = the mean of the gradient of P under P.
   void row_sums(int64_t rows) {
     for (int64_t r = 0; r < rows; ++r) {
-      const A inverse = 1 / sum_of<A>(load(total_ + r * size_.lanes));
-      const A mean = sum_of<A>(load(mean_ + r * size_.lanes)) * inverse;
+      const double total = sum_in_double(total_ + r * size_.lanes);
+      const A inverse = static_cast<A>(1 / total);
+      const A mean = static_cast<A>(sum_in_double(mean_ + r * size_.lanes) / total);
       total_[r] = inverse;
       mean_[r] = mean;
       if constexpr (!kRounded) {

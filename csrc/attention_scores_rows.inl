@@ -149,6 +149,15 @@ inline void add_up(int64_t rows, int64_t columns, const A* factors, const A* chu
   }
 }
 
+template <class A>
+inline double sum_in_double(const A* lanes) {
+  double sum = 0;
+  for (int64_t i = 0; i < Lanes<A>::width; ++i) {
+    sum += static_cast<double>(lanes[i]);
+  }
+  return sum;
+}
+
 template <class T, class O>
 inline void pack_panels(const Rows<T>& from, int64_t begin, int64_t keys, O* panels, O* some) {
   for (int64_t j = 0; j < keys; j += kPanel<O>) {
