@@ -26,7 +26,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import sparsify_kernels
-from sparsify_kernels import KeyTokens, attention_scores, key_tokens, merge_tokens, random_mask
+from sparsify_kernels import (
+    KeyTokens,
+    Windows,
+    attention_scores,
+    key_tokens,
+    merge_tokens,
+    random_mask,
+    window_attention,
+)
 from sparsify_kernels.nn import AdaptiveSparseMerging
 from sparsify_kernels.testing import attention_scores_eager
 
@@ -328,12 +336,82 @@ def merging_cases() -> Iterator[Case]:
     )
 
 
+def window_eager(qkv: Tensor, bias: Tensor, place: Tensor, height: int, width: int, there: Tensor | None) -> Tensor:
+    """Windows [W, n] of tokens that lie next to each other, the same places in each, or a dense window with a mask."""
+    down, across = place // width, place % width
+    pairs = bias[:, down[:, None] - down + height - 1, across[:, None] - across + width - 1].to(qkv.dtype)
+    q, k, v = qkv.unflatten(0, (-1, len(place))).permute(2, 0, 3, 1, 4)  # [W, H, n, d]
+    if there is not None:
+        pairs = pairs.masked_fill(~there, -torch.inf)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=pairs).transpose(1, 2).flatten(0, 1)
+
+
+def window_cases() -> Iterator[Case]:
+    """Swin at 256 px, batch 256: stage 0, whose windows are all there, and stage 1 at keep 1/2; a window of 12 x 12."""
+    for windows, side, tokens, heads in ((8192, 8, 64, 3), (4096, 8, 32, 6), (2048, 12, 72, 6)):
+        g = torch.Generator("cuda").manual_seed(0)
+        count, dim = windows * tokens, 32
+        qkv, slope = (
+            torch.randn((count, *axes, heads, dim), generator=g, device="cuda", dtype=BF16) for axes in ((3,), ())
+        )
+        bias = torch.randn((heads, 2 * side - 1, 2 * side - 1), generator=g, device="cuda")
+        place = torch.randperm(side * side, generator=g, device="cuda")[:tokens].sort().values
+        start = torch.arange(windows + 1, device="cuda") * tokens
+        parts = Windows(torch.arange(count, device="cuda"), start, place.repeat(windows), None)
+        dense = torch.zeros(windows * side * side, 3, heads, dim, device="cuda", dtype=BF16)
+        cells = (torch.arange(windows, device="cuda")[:, None] * side * side + place).flatten()
+        there = torch.zeros(side * side, dtype=torch.bool, device="cuda").index_fill(0, place, True)
+        every = torch.arange(side * side, device="cuda")
+
+        def ours(qkv: Tensor, bias: Tensor, parts: Windows = parts) -> Tensor:
+            return window_attention(qkv, bias, parts)
+
+        def compact(qkv: Tensor, bias: Tensor, place: Tensor = place, side: int = side) -> Tensor:
+            return window_eager(qkv, bias, place, side, side, None)
+
+        def padded(
+            qkv: Tensor, bias: Tensor, dense: Any = dense, cells: Any = cells, there: Any = there, side: int = side,
+            every: Any = every,
+        ) -> Tensor:  # fmt: skip
+            return window_eager(dense.index_copy(0, cells, qkv), bias, every, side, side, there)[cells]
+
+        def agrees(qkv: Tensor = qkv, bias: Tensor = bias, ours: Any = ours, compact: Any = compact) -> bool:
+            return close(ours(qkv, bias), compact(qkv, bias), compact(qkv.double(), bias.double()))
+
+        forms = {"SDPA of equal windows": compact, "SDPA, padded": padded}
+        size = f"W{windows} {tokens} of {side}x{side} H{heads} d{dim}"
+        moved, flop = 2 * count * heads * dim * 4 + 4 * count * heads, 4 * count * tokens * heads * dim
+        yield Case(
+            "window_attention",
+            size,
+            lambda qkv=qkv, bias=bias, ours=ours: ours(qkv, bias),
+            {n: lambda f=f, qkv=qkv, bias=bias: f(qkv, bias) for n, f in forms.items()},
+            moved,
+            flop,
+            check=agrees,
+        )
+        leaves = [t.detach().requires_grad_() for t in (qkv, bias)]
+
+        def step(function: Callable[..., Any], leaves: Any = leaves, slope: Tensor = slope) -> Any:
+            return torch.autograd.grad(function(*leaves), leaves, slope)
+
+        yield Case(
+            "window_attention",
+            f"{size} fwd+bwd",
+            lambda step=step, ours=ours: step(ours),
+            {n: lambda step=step, f=f: step(f) for n, f in forms.items()},
+            moved + 2 * count * heads * dim * 7,
+            7 * flop // 2,
+        )
+
+
 def cases(rounds: int) -> Iterator[Case]:
     yield from attention_cases(rounds)
     yield from merge_cases()
     yield from key_cases()
     yield from mask_cases()
     yield from merging_cases()
+    yield from window_cases()
 
 
 def with_best(row: Row, case: Case) -> Row:

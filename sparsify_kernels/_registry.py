@@ -53,7 +53,7 @@ TO_COME: dict[str, tuple[str, ...]] = {
     "attention_scores": (),
     "key_tokens": (),
     "merge_tokens": (),
-    "window_attention": ("triton",),
+    "window_attention": (),
 }
 
 # Ops whose results are indices: nothing to differentiate.
