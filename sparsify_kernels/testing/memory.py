@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -54,9 +55,10 @@ class Guarded(NamedTuple):
 
 
 @contextlib.contextmanager
-def guarded_memory() -> Iterator[None]:
-    """Inside, ``Tensor.new_empty`` puts sentinels on both sides of what it hands out, and fills it with them too; at
-    the end ``AssertionError`` if something wrote next to one: a kernel whose outputs were allocated in Python.
+def guarded_memory(fill: float = math.nan) -> Iterator[None]:
+    """Inside, ``Tensor.new_empty`` puts sentinels on both sides of what it hands out, and fills it with them too, but
+    floats with ``fill``; at the end ``AssertionError`` if something wrote next to one: a kernel whose outputs were
+    allocated in Python.
     """
     real, given = Tensor.new_empty, []
 
@@ -64,7 +66,7 @@ def guarded_memory() -> Iterator[None]:
         plain = real(self, *size, **kwargs)
         if not plain.numel():
             return plain
-        given.append(guarded(torch.full_like(plain, _sentinel(plain.dtype))))
+        given.append(guarded(torch.full_like(plain, fill if plain.is_floating_point() else _sentinel(plain.dtype))))
         return given[-1].tensor
 
     Tensor.new_empty = new_empty  # type: ignore[assignment, method-assign]

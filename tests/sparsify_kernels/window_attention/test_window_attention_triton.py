@@ -44,7 +44,7 @@ SWIN = {"scale": True, "region": True}
 SWIN2 = {"cosine": True, "scale": True, "region": True}
 
 ONE = WindowShape(23, 4, 3, 4, 2, 6)  # one tile in each dtype
-SEVERAL = WindowShape(60, 2, 6, 7, 2, 5)  # two tiles in fp32
+SEVERAL = WindowShape(50, 2, 5, 7, 2, 5)  # two tiles in fp32
 
 
 def given(inputs: dict[str, Any]) -> list[Any]:
@@ -115,10 +115,11 @@ CASES = [
     (WindowShape(17, 2, 1, 11, 1, 7), (F32, BF16), (SWIN2,)),  # primes, one above a tile of 16
     (WindowShape(15, 1, 3, 5, 2, 33), (F32, F16), (SWIN2,)),  # one below
     (WindowShape(63, 2, 8, 8, 1, 24), (F32, BF16, F16), (SWIN,)),  # windows of about 32
-    (WindowShape(64, 1, 8, 8, 3, 32), (BF16, F16), (SWIN2,)),
-    (WindowShape(65, 1, 9, 8, 1, 64), (F32, BF16), (SWIN,)),
-    (WindowShape(130, 1, 12, 12, 2, 33), (F32, F16), (SWIN2,)),
-    (WindowShape(150, 2, 12, 12, 1, 16), (BF16,), (PLAIN, SWIN2)),
+    (WindowShape(33, 1, 8, 8, 1, 8), (BF16,), (SWIN,)),  # one above a smaller tile
+    (WindowShape(64, 1, 8, 8, 2, 32), (BF16,), (SWIN2,)),
+    (WindowShape(65, 1, 9, 8, 1, 64), (F32,), (SWIN,)),
+    (WindowShape(101, 1, 10, 11, 1, 33), (F16,), (SWIN2,)),
+    (WindowShape(140, 2, 9, 9, 1, 16), (BF16,), (SWIN2,)),
     (WindowShape(20, 2, 4, 5, 1, 65), (F32, BF16), (PLAIN,)),
 ]
 
@@ -130,10 +131,11 @@ def test_results_and_gradients_are_as_accurate_as_asked(
     shape: WindowShape, dtype: torch.dtype, form: dict[str, bool]
 ) -> None:
     """A few numbers the eager form may hit by chance: what fails is judged again by more draws."""
-    first = drawn(shape, dtype, form, range(2))
+    first = drawn(shape, dtype, form, range(1))
     failed = [name for name, three in first.items() if not accurate(name, *three)]
+    more = drawn(shape, dtype, form, range(1, 7)) if failed else {}
     for name in failed:
-        ours, plain, truth = drawn(shape, dtype, form, range(2, 12))[name]
+        ours, plain, truth = more[name]
         assert_accurate(ours, eager=plain, truth=truth, what=name)
 
 
@@ -160,15 +162,19 @@ def test_no_tokens(shape: WindowShape) -> None:
 
 
 @pytest.mark.parametrize("shape", [ONE, SEVERAL], ids=str)
-@pytest.mark.parametrize("wanted", [[i == n for i in range(3)] for n in range(3)] + [[True, False, True], [False] * 3])
-def test_a_gradient_left_out_changes_no_other(shape: WindowShape, wanted: list[bool]) -> None:
+def test_a_gradient_left_out_changes_no_other(shape: WindowShape) -> None:
     """More than in the order of a sum."""
     args = given(window_inputs(shape, **SWIN2))
-    for want, ours, whole in zip(wanted, run(args, True, wanted)[2:], run(args, True)[2:], strict=True):
-        if want:
-            torch.testing.assert_close(ours, whole)
-        else:
-            assert ours.shape == (0,)
+    _, lse, *whole = run(args, True)
+    slope = slope_for(args[0][:, 0])
+    for wanted in [[i == n for i in range(3)] for n in range(3)] + [[True, False, True], [False] * 3]:
+        with poisoned_memory():
+            grads = BACKWARD(slope, *args, lse, True, wanted)
+        for want, ours, all_at_once in zip(wanted, grads, whole, strict=True):
+            if want:
+                torch.testing.assert_close(ours, all_at_once)
+            else:
+                assert ours.shape == (0,)
 
 
 @pytest.mark.parametrize("slabs", [1, 2, 3])
@@ -181,20 +187,20 @@ def test_slabs_of_several_windows(shape: WindowShape, slabs: int, monkeypatch: p
         torch.testing.assert_close(ours.double(), truth, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS[1:])
 @pytest.mark.parametrize("shape", [ONE, SEVERAL], ids=str)
-def test_layout_changes_nothing(shape: WindowShape, layout: str) -> None:
-    flat, other = (given(window_inputs(shape, BF16, **SWIN2, layout=x)) for x in ("contiguous", layout))
-    assert_same(run(other, True), run(flat, True))
-    output, lse = FORWARD(*flat, True)
-    slope = slope_for(output)
+def test_layout_changes_nothing(shape: WindowShape) -> None:
+    flat = given(window_inputs(shape, **SWIN2))
+    expected = run(flat, True)
+    for layout in LAYOUTS[1:] if shape == ONE else LAYOUTS[1:2]:
+        assert_same(run(given(window_inputs(shape, **SWIN2, layout=layout)), True), expected, layout)
+    slope, lse = slope_for(expected[0]), expected[1]
     turned = slope.permute(2, 0, 1).contiguous().permute(1, 2, 0)
-    expected = BACKWARD(slope, *flat, lse, True, ALL)
-    assert_same(BACKWARD(turned, *flat, lse.T.contiguous().T, True, ALL), expected)
+    assert_same(BACKWARD(turned, *flat, lse.T.contiguous().T, True, ALL), expected[2:])
 
 
-@pytest.mark.parametrize("dtype", [F32, F16], ids=str)
-@pytest.mark.parametrize("shape", [ONE, SEVERAL, WindowShape(75, 1, 9, 9, 1, 7)], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [(ONE, F32), (SEVERAL, F32), (WindowShape(75, 1, 9, 9, 1, 7), F16)], ids=str
+)
 def test_nothing_outside_is_read_or_written(shape: WindowShape, dtype: torch.dtype) -> None:
     args = given(window_inputs(shape, dtype, **SWIN2))
     around = [guarded(a).tensor for a in args]
@@ -326,7 +332,7 @@ def test_bad_windows(places: int, changes: dict[str, list[int]], monkeypatch: py
         assert str(ours.value) == str(expected.value)
     monkeypatch.setattr(reference, "check_values", lambda device: False)
     args = [guarded(a).tensor for a in args]
-    with guarded_memory():
+    with guarded_memory(fill=0.0):  # NaN would be there already
         results = FORWARD(*args, False)
         for wanted in (ALL, [True, False, True]):
             results += BACKWARD(slope, *args, lse, False, wanted)
