@@ -129,15 +129,14 @@ def load_members(p_member, p_place, p_part, begin, count, o_member, width):
 def load_places(p_cell, p_member, p_place, p_part, i_w, begin, end, o_place, places):
     """Row and part of the tokens at ``o_place`` of a window with some, and where there is one; elsewhere, of others.
 
-    A cell that no member wrote holds anything, but no member of this window that stands there.
+    A cell that no member wrote holds anything: the member it is taken for stands elsewhere.
     """
     o_cell = tl.load(p_cell + i_w * places + tl.minimum(o_place, places - 1))
     o_member = tl.minimum(tl.maximum(o_cell, begin), end - 1)
     b_part = o_member
     if p_part is not None:
         b_part = tl.load(p_part + o_member)
-    m_there = (o_cell == o_member) & (tl.load(p_place + o_member) == o_place)
-    return tl.load(p_member + o_member), b_part, m_there
+    return tl.load(p_member + o_member), b_part, tl.load(p_place + o_member) == o_place
 
 
 @triton.jit
