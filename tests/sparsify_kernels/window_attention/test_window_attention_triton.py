@@ -278,6 +278,16 @@ def test_logits_far_from_zero(shape: WindowShape, sign: int) -> None:
         torch.testing.assert_close(ours.double(), exact, rtol=1e-3, atol=1e-3 * exact.abs().max())
 
 
+@pytest.mark.parametrize("shape", [ONE, SEVERAL], ids=str)
+def test_a_bias_common_to_all_keys_changes_no_gradient(shape: WindowShape) -> None:
+    """Beside it the log-sum-exp is rounded to a thousandth, the weights are not."""
+    args = given(window_inputs(shape))
+    args[0][:, 0] = 0
+    args[1][:] = 10_000
+    for ours, exact in zip(run(args), truth_of(args, False), strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-5, atol=1e-5 * exact.abs().max())
+
+
 def test_regions_far_apart_and_the_smallest_numbers() -> None:
     """And regions of which none of the first 16 members of a window is."""
     args = given(window_inputs(SEVERAL, **SWIN))
