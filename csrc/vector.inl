@@ -46,15 +46,6 @@ SPARSIFY_INLINE Vector<A> larger(Vector<A> one, Vector<A> other) {
 }
 
 template <class A>
-SPARSIFY_INLINE A sum_of(Vector<A> v) {
-  A total = v[0];
-  for (int i = 1; i < Lanes<A>::width; ++i) {
-    total += v[i];
-  }
-  return total;
-}
-
-template <class A>
 SPARSIFY_INLINE A largest_of(Vector<A> v) {
   A best = v[0];
   for (int i = 1; i < Lanes<A>::width; ++i) {

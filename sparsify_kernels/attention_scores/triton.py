@@ -6,13 +6,14 @@ M x N is ever stored. Deterministic: no atomics, and the order of every sum foll
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
 from sparsify_kernels._floats_triton import INTERPRETED
+from sparsify_kernels._tiles_triton import PRECISION, Tiles
 from sparsify_kernels.attention_scores import reference
 from sparsify_kernels.attention_scores.backward_triton import exact_row_sums, grad_keys, grad_queries, row_sums
 from sparsify_kernels.attention_scores.forward_triton import attend, attend_once, receive
@@ -23,19 +24,6 @@ __all__ = ["TARGETS", "attention_scores", "attention_scores_backward"]
 WIDEST = 128  # d and dv; beyond, the reference
 PAD = 128  # the tables of keys are filled up to a multiple: no tile is wider
 OVER_HEADS = {"BH": 16, "BLOCK": PAD}
-
-# Products of fp32 without its last bits would not be fp32: AMD multiplies it whole, NVIDIA as three products of tf32.
-PRECISION = {"cuda": "tf32x3", "hip": "ieee"}
-
-
-class Tiles(NamedTuple):
-    """Queries and keys in a tile, warps, stages of the pipeline."""
-
-    BM: int
-    BN: int
-    num_warps: int
-    num_stages: int
-
 
 # By kernel: by width (64: up to 64, 128), bytes of an element. The largest that take no more registers than there are
 # on any of the GPUs that the tests compile for. BM of ``attend_once`` is the most queries that it takes.

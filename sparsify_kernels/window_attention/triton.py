@@ -9,7 +9,7 @@ Deterministic: no atomics, and the order of every sum follows from the shapes an
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from sparsify_kernels._checks import InvalidValue
 from sparsify_kernels._floats_triton import INTERPRETED
+from sparsify_kernels._tiles_triton import PRECISION, Tiles
 from sparsify_kernels.window_attention import reference
 from sparsify_kernels.window_attention.backward_triton import (
     fold_pairs,
@@ -40,19 +41,6 @@ PARTS = 2048  # numbers that one step of ``fold_parts`` adds
 # Programs of the kernels that sum over windows: enough to fill a large GPU. Slabs follow from it and the shapes alone,
 # so every GPU sums in the same order.
 PROGRAMS = 1024
-
-# Products of fp32 without its last bits would not be fp32: AMD multiplies it whole, NVIDIA as three products of tf32.
-PRECISION = {"cuda": "tf32x3", "hip": "ieee"}
-
-
-class Tiles(NamedTuple):
-    """Queries and keys in a tile, warps, stages of the pipeline."""
-
-    BM: int
-    BN: int
-    num_warps: int
-    num_stages: int
-
 
 # By kernel: by width (32: up to 32, 64, 128), bytes of an element. The largest that take no more registers than there
 # are on any of the GPUs that the tests compile for.
