@@ -272,8 +272,8 @@ SPARSIFY_INLINE Vector<A> multiply_add(A left, Vector<A> right, Vector<A> total)
   return total + left * right;
 }
 
-// What becomes of a product: c = product * factor + addend (a row, for every row of c), or c += product where there is
-// no addend.
+// What becomes of a product: c = product * factor + addend (a row, for every row of c), or c += product * factor where
+// there is no addend.
 template <class A>
 struct Finish {
   const A* addend;
@@ -310,9 +310,7 @@ void block(int64_t depth, const O* a, int64_t a_row, const O* b, int64_t b_row, 
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       A* to = c + r * c_row + v * width;
-      const Vector<A> value = finish.addend != nullptr ? total[r][v] * finish.factor + load(finish.addend + v * width)
-                                                       : load(to) + total[r][v];
-      store(to, value);
+      store(to, total[r][v] * finish.factor + load(finish.addend != nullptr ? finish.addend + v * width : to));
     }
   }
 }

@@ -225,7 +225,11 @@ class Backward {
     if (!in_.cosine) {
       return write_row(grad, in_.dim, factor_, to);
     }
-    const A along = norm[i] > static_cast<A>(kSmallestNorm) ? dot(grad, direction) : A{0};
+    const bool turns = norm[i] > static_cast<A>(kSmallestNorm);
+    if (turns && in_.dim == 1) {  // nowhere to turn to, exactly: rounding would be all there is
+      return write_row(zeros_, in_.dim, A{1}, to);
+    }
+    const A along = turns ? dot(grad, direction) : A{0};
     for (int64_t c = 0; c < rows_.width(); c += lanes) {
       store(row_ + c, load(grad + c) - load(direction + c) * along);
     }
