@@ -131,11 +131,13 @@ inline void multiply_panels(int64_t rows, int64_t keys, int64_t depth, const O* 
   constexpr int64_t kShort = 64;
   for (int64_t j = 0; j < keys; j += kPanel<O>) {
     const int64_t columns = keys - j < kPanel<O> ? keys - j : kPanel<O>;
-    for (int64_t k = 0; k < depth; k += kShort) {
+    int64_t k = 0;
+    do {  // once where there is no depth, too: the addend is written all the same
       multiply<O, false>(rows, columns / Lanes<O>::width, smaller(kShort, depth - k), left + k, left_row,
                          panels + j * depth + k * columns, columns, to + j, kChunk,
                          Finish<Sum<O>>{k == 0 ? addend + j : nullptr, factor});
-    }
+      k += kShort;
+    } while (k < depth);
   }
 }
 

@@ -174,32 +174,37 @@ static void assign(const AssignJob& job, void* keys, void* rows, float* best) {
   }
 }
 
-// sum_c (x[c] - mean[c]) * grad[c], in 16 partial sums on every instruction set.
+// sum_c (x[c] - mean[c]) * grad[c], in 16 partial sums on every instruction set, then in pairs of them.
 template <class T>
 static inline Sum<T> away(const T* __restrict x, const T* __restrict mean, const T* __restrict grad, int64_t dim) {
   constexpr int kParts = 16;
   typedef Sum<T> Parts __attribute__((vector_size(kParts * sizeof(Sum<T>))));
   Parts parts = {};
-  int64_t c = 0;
-  for (; c + kParts <= dim; c += kParts) {
-    Sum<T> difference[kParts], slope[kParts];
-    for (int p = 0; p < kParts; ++p) {
-      difference[p] = widen(x[c + p]) - widen(mean[c + p]);
-      slope[p] = widen(grad[c + p]);
+  Sum<T> difference[kParts], slope[kParts];
+  for (int64_t c = 0; c < dim; c += kParts) {
+    const int64_t some = dim - c < kParts ? dim - c : kParts;
+    if (some == kParts) {
+      for (int p = 0; p < kParts; ++p) {
+        difference[p] = widen(x[c + p]) - widen(mean[c + p]);
+        slope[p] = widen(grad[c + p]);
+      }
+    } else {
+      for (int p = 0; p < kParts; ++p) {
+        difference[p] = p < some ? widen(x[c + p]) - widen(mean[c + p]) : Sum<T>{0};
+        slope[p] = p < some ? widen(grad[c + p]) : Sum<T>{0};
+      }
     }
     Parts d, g;
     __builtin_memcpy(&d, difference, sizeof d);
     __builtin_memcpy(&g, slope, sizeof g);
     parts += d * g;
   }
-  Sum<T> total = 0;
-  for (; c < dim; ++c) {
-    total += (widen(x[c]) - widen(mean[c])) * widen(grad[c]);
+  for (int half = kParts / 2; half > 0; half /= 2) {
+    for (int p = 0; p < half; ++p) {
+      parts[p] += parts[p + half];
+    }
   }
-  for (int p = 0; p < kParts; ++p) {
-    total += parts[p];
-  }
-  return total;
+  return parts[0];
 }
 
 // to = scale * from. Streamed: past the caches, a line at a time, which spares reading what is overwritten.
