@@ -47,6 +47,7 @@ SHAPES = (
     AttentionShape(3, 1, 48, 63, 80, 33),
     AttentionShape(3, 1, 49, 129, 17, 48),
     AttentionShape(3, 1, 97, 67, 32, 1),
+    AttentionShape(2, 1, 80, 85, 7, 0),
     AttentionShape(3, 1, 1030, 20, 16, 16),
 )
 # Triton: widths around a block of 16 or 32; under the interpreter tiles of 16 keys and 32 queries, up to 64 queries in
