@@ -24,7 +24,7 @@ OPS = ("random_mask", "attention_scores", "key_tokens", "merge_tokens", "window_
 
 FLAGS = ("-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-fno-omit-frame-pointer", "-O1", "-g")
 RUN_TIME = {
-    # Python keeps memory until it ends. New memory is full of NaN: a kernel that reads what it has not written shows it.
+    # Python keeps memory until it ends. New memory is full of NaN: what a kernel reads before it writes it, shows.
     "ASAN_OPTIONS": "detect_leaks=0:malloc_fill_byte=255:max_malloc_fill_size=1073741824",
     "UBSAN_OPTIONS": "print_stacktrace=1",
 }

@@ -115,8 +115,8 @@ def check(case: Any, kernels: Kernels) -> None:
     """Raise ``AssertionError`` unless the kernels give what the reference gives.
 
     A largest error is as random as the numbers: of a few small sums, PyTorch's may happen to be next to nothing, and
-    where two large logits are nearly equal, which is rare, both are off. So sums that err too much are drawn anew, often
-    enough for a single number too, and judged together by the same rule; if they fail, far more often, and once more.
+    where two large logits are nearly equal, which is rare, both err more. So sums that err too much are drawn anew,
+    often enough for a single number too, and judged together by the same rule; if they fail again, far more often.
     """
     drawn: list[list[Sums]] = []
     for draws in _DRAWS:
