@@ -5,8 +5,9 @@
 *encoders*: Swin-V2-T at 256 px and HTS-AT with a half and a quarter of their units, and ``dense=True``, against the
 libraries' own forward of all tokens. *model*: a training step with masks and merging against ``dense=True``. *clips*:
 the same as clips grow from 4 to 60 frames at one a second. Everything that masking costs is inside the times: the draw,
-the gather of kept units, the plan. Runs that are compared take turns, and medians are compared. Memory is the peak of a
-process of its own beyond weights, their gradients and the input.
+the gather of kept units, the plan. Runs that are compared take turns, and medians are compared. Memory is the peak
+beyond weights, their gradients, the optimiser's state and the input: of tensors, and on a CPU of the pages of a process
+of its own, which hold what kernels and allocators take as well.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from sparsify.model.audio import AudioEncoder
 from sparsify.model.masking import KeptUnits, draw_units
 from sparsify.model.vision import VisionEncoder
 from sparsify_kernels import random_mask
-from sparsify_kernels.testing import peak_memory
+from sparsify_kernels.testing import peak_memory, peak_of_tensors
 
 TABLES = ("encoders", "model", "clips")
 WORDS = 14
@@ -54,7 +55,10 @@ class Case(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One call against the baseline: shares of its FLOP, time and peak memory, and what that took."""
+    """One call against the baseline: shares of its FLOP, time and peak memory, and what that took.
+
+    ``pages`` is the share of the process's memory, ``None`` on a GPU.
+    """
 
     table: str
     case: str
@@ -62,6 +66,7 @@ class Row(NamedTuple):
     flop: float
     time: float
     memory: float
+    pages: float | None
     base_gflop: float
     base_ms: float
     base_mib: float
@@ -168,8 +173,9 @@ def model_calls(device: str, videos: int, frames: int, segments: int) -> Functio
     video, questions, masking = (type(x)(*(_on(y, device) for y in x)) for x in (video, questions, masking))
     target = torch.zeros(count, dtype=torch.int64, device=device)
     optimisers = {model: torch.optim.AdamW(model.parameters(), fused=True) for model in (sparse, dense)}
-    for model in (sparse, dense):
+    for model, optimiser in optimisers.items():
         _give_gradients(model)
+        optimiser.step()  # makes its state
 
     def step(model: SparsifyModel, masks: Masking | None) -> Callable[[], None]:
         def call() -> None:
@@ -208,7 +214,8 @@ def measure(case: Case, device: str, rounds: int) -> list[Row]:
     seconds = _take_turns(functions, rounds, device)
     memory = {name: _memory_of(case, name, device) for name in functions}
     first = next(iter(functions))
-    base = (flop[first], seconds[first], memory[first])
+    base = (flop[first], seconds[first], memory[first].tensors)
+    pages = {name: peak.pages for name, peak in memory.items() if peak.pages is not None}
     return [
         Row(
             case.table,
@@ -216,7 +223,8 @@ def measure(case: Case, device: str, rounds: int) -> list[Row]:
             name,
             flop[name] / base[0],
             seconds[name] / base[1],
-            memory[name] / max(base[2], 1),
+            memory[name].tensors / max(base[2], 1),
+            pages[name] / max(pages[first], 1) if pages else None,
             base[0] / 1e9,
             base[1] * 1e3,
             base[2] / 2**20,
@@ -250,33 +258,45 @@ def _wait(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def _memory_of(case: Case, name: str, device: str) -> int:
-    """Bytes at the peak of one call, in a process of its own."""
+class Peak(NamedTuple):
+    """Bytes at the peak of one call."""
+
+    tensors: int
+    pages: int | None
+
+
+def _memory_of(case: Case, name: str, device: str) -> Peak:
+    """In a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak, (case.table, case.name, name, device))
+        return pool.apply(_peak, (case.table, case.name, case.size, name, device))
 
 
-def _peak(table: str, case_name: str, name: str, device: str) -> int:
+def _peak(table: str, case_name: str, size: int, name: str, device: str) -> Peak:
     case = next(case for case in cases() if (case.table, case.name) == (table, case_name))
     case.functions(device, 1)[name]()  # what libraries allocate once
-    call = case.functions(device, case.size)[name]
+    call = case.functions(device, size)[name]
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         call()
-        return int(torch.cuda.max_memory_allocated() - before)
-    return peak_memory(call)[0]
+        return Peak(int(torch.cuda.max_memory_allocated() - before), None)
+    pages = peak_memory(call)[0]
+    return Peak(peak_of_tensors(call)[0], pages)
 
 
 def render(rows: list[Row]) -> str:
     """The rows as Markdown, a share of dense in each column."""
-    lines = ["| | | FLOP | time | memory | baseline: GFLOP, ms, MiB |", "|---|---|---|---|---|---|"]
+    lines = ["| | | FLOP | time | memory | its pages | baseline: GFLOP, ms, MiB |", "|---|---|---|---|---|---|---|"]
     lines += [
-        f"| {r.case} | {r.name} | {r.flop:.3f} | {r.time:.2f} | {r.memory:.2f} "
+        f"| {r.case} | {r.name} | {r.flop:.3f} | {r.time:.2f} | {r.memory:.2f} | {_share(r.pages)} "
         f"| {r.base_gflop:.1f}, {r.base_ms:.0f}, {r.base_mib:.0f} |"
         for r in rows
     ]
     return "\n".join(lines)
+
+
+def _share(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -39,7 +39,14 @@ from sparsify_kernels.testing.inputs import (
     score_inputs,
     window_inputs,
 )
-from sparsify_kernels.testing.memory import Guarded, guarded, guarded_memory, peak_memory, poisoned_memory
+from sparsify_kernels.testing.memory import (
+    Guarded,
+    guarded,
+    guarded_memory,
+    peak_memory,
+    peak_of_tensors,
+    poisoned_memory,
+)
 from sparsify_kernels.testing.oracles import (
     attention_scores_oracle,
     gather_tokens_oracle,
@@ -91,6 +98,7 @@ __all__ = [
     "merge_tokens_eager",
     "merge_tokens_oracle",
     "peak_memory",
+    "peak_of_tensors",
     "poisoned_memory",
     "relayout",
     "score_inputs",

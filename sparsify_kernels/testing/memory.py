@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Guarded", "guarded", "guarded_memory", "peak_memory", "poisoned_memory"]
+__all__ = ["Guarded", "guarded", "guarded_memory", "peak_memory", "peak_of_tensors", "poisoned_memory"]
 
 T = TypeVar("T")
 
@@ -89,6 +89,22 @@ def peak_memory(function: Callable[[], T]) -> tuple[int, T]:
     before = _status("VmRSS")
     result = function()
     return _status("VmHWM") - before, result
+
+
+def peak_of_tensors(function: Callable[[], T]) -> tuple[int, T]:
+    """The most bytes that tensors made by ``function`` took at once, in CPU memory, and its result.
+
+    What PyTorch's allocator gave out, as ``torch.cuda.max_memory_allocated`` counts it on a GPU: not what kernels and
+    libraries take for themselves, nor what the allocator keeps back. Those are in ``peak_memory``.
+    """
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        result = function()
+    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    now = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        now += event.nbytes()
+        peak = max(peak, now)
+    return peak, result
 
 
 def _status(name: str) -> int:

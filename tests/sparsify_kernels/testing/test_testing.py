@@ -35,6 +35,19 @@ def test_one_rounding_step_is_allowed_where_pytorch_is_exact() -> None:
         testing.assert_accurate(torch.tensor([1.0 + 2.0**-21]), eager=truth, truth=truth)
 
 
+def test_the_peak_of_tensors_is_what_was_there_at_once() -> None:
+    def call() -> torch.Tensor:
+        first = torch.empty(3 << 20, dtype=torch.uint8)
+        del first
+        second, third = torch.empty(1 << 20, dtype=torch.uint8), torch.empty(4 << 20, dtype=torch.uint8)
+        del third
+        return second
+
+    peak, result = testing.peak_of_tensors(call)
+    assert peak == 5 << 20
+    assert result.shape == (1 << 20,)
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [
