@@ -29,7 +29,7 @@ class Forward {
         query_index_(scratch_.take<int64_t>(in_.queries)),
         key_index_(scratch_.take<int64_t>(in_.keys)),
         bias_(scratch_.take<A>(size_.keys)),
-        received_(scratch_.take<A>(size_.keys)),
+        received_(scratch_.take<double>(size_.keys)),
         queries_(scratch_.take<O>(size_.tile * size_.row)),
         output_(scratch_.take<A>(size_.tile * size_.value_dim)),
         logits_(scratch_.take<A>(size_.tile * size_.chunks * kChunk)),
@@ -53,11 +53,11 @@ class Forward {
   // What the constructor takes, with room for rounding each piece up.
   int64_t bytes() const {
     static_assert(sizeof(O) == sizeof(A));
-    const int64_t numbers = 2 * size_.keys + size_.tile * (size_.row + size_.value_dim + size_.chunks * kChunk) +
+    const int64_t numbers = size_.keys + size_.tile * (size_.row + size_.value_dim + size_.chunks * kChunk) +
                             size_.tile * (3 * size_.lanes + 2) + kept() * size_.depth +
                             steps<O>(kept()) * size_.value_dim + size_.some() +
                             (kRounded ? size_.tile * steps<O>(kChunk) : 0);
-    return numbers * static_cast<int64_t>(sizeof(A)) + (in_.queries + in_.keys) * 8 + 16 * 64;
+    return numbers * static_cast<int64_t>(sizeof(A)) + (in_.queries + in_.keys + size_.keys) * 8 + 16 * 64;
   }
 
   // The valid ones among queries begin..end of one head; its received attention goes to row `item`.
@@ -83,7 +83,7 @@ class Forward {
       fill(lse + begin, end - begin, infinity);
     }
     keys_ = rounded_up(key_count, size_.lanes);
-    fill(received_, keys_, A{0});
+    fill(received_, keys_, 0.0);
     list_bias(in_.key_bias, b, key_index_, key_count, keys_, bias_);
     packed_ = false;
     for (int64_t i = first; i < last && key_count > 0; i += size_.tile) {
@@ -103,13 +103,7 @@ class Forward {
       }
       receive(rows);
     }
-    A* received = static_cast<A*>(args_.received) + item * in_.keys;
-    if (key_count < in_.keys) {
-      fill(received, in_.keys, A{0});
-    }
-    for (int64_t j = 0; j < key_count; ++j) {
-      received[key_index_[j]] = received_[j];
-    }
+    write_sums(static_cast<A*>(args_.received) + item * in_.keys, in_.keys, received_, key_index_, key_count);
   }
 
   // The logits of the tile, and lane by lane the largest of each row.
@@ -237,7 +231,8 @@ class Forward {
   const bool keep_;  // packed keys and values are kept for the next tile
   Scratch scratch_;
   int64_t *query_index_, *key_index_;
-  A *bias_, *received_;
+  A* bias_;
+  double* received_;
   O* queries_;
   A *output_, *logits_, *best_, *total_, *lost_, *top_, *inverse_;
   O *panels_, *values_, *some_, *weights_;

@@ -29,7 +29,7 @@ class Backward {
         key_index_(scratch_.take<int64_t>(in_.keys)),
         bias_(scratch_.take<A>(size_.keys)),
         grad_keys_(scratch_.take<A>(size_.keys)),
-        grad_bias_(scratch_.take<A>(size_.keys)),
+        grad_bias_(scratch_.take<double>(size_.keys)),
         queries_(scratch_.take<O>(size_.tile * size_.row)),
         query_steps_(kRounded ? scratch_.take<O>(steps<O>(size_.tile) * size_.dim) : queries_),
         grad_queries_(scratch_.take<A>(size_.tile * size_.dim)),
@@ -56,10 +56,10 @@ class Backward {
   int64_t bytes() const {
     static_assert(sizeof(O) == sizeof(A));
     const int64_t rounded = kRounded ? steps<O>(size_.tile) * (size_.dim + size_.value_dim + kChunk) : 0;
-    const int64_t numbers = size_.keys * (3 + size_.depth + size_.value_depth + 2 * size_.dim + size_.value_dim) +
+    const int64_t numbers = size_.keys * (2 + size_.depth + size_.value_depth + 2 * size_.dim + size_.value_dim) +
                             size_.tile * (size_.row + size_.dim + size_.value_row + 2 * size_.chunks * kChunk) +
                             size_.tile * (2 * size_.lanes + 1) + size_.some() + rounded;
-    return numbers * static_cast<int64_t>(sizeof(A)) + (in_.queries + in_.keys) * 8 + 22 * 64;
+    return numbers * static_cast<int64_t>(sizeof(A)) + (in_.queries + in_.keys + size_.keys) * 8 + 22 * 64;
   }
 
   template <class T>
@@ -85,7 +85,7 @@ class Backward {
     keys_ = rounded_up(key_count, size_.lanes);
     list_bias(in_.key_bias, b, key_index_, key_count, keys_, bias_);
     list_grad_received(b, key_count, A{1} / static_cast<A>(in_.heads * (share_of > 0 ? share_of : 1)));
-    fill(grad_bias_, keys_, A{0});
+    fill(grad_bias_, keys_, 0.0);
     fill(grad_key_rows_, keys_ * size_.dim, A{0});
     fill(grad_value_rows_, keys_ * size_.value_dim, A{0});
 
@@ -111,7 +111,7 @@ class Backward {
     write_keys(dk, grad_key_rows_, size_.dim, in_.dim, static_cast<A>(in_.scale), key_count);
     write_keys(dv, grad_value_rows_, size_.value_dim, in_.value_dim, A{1}, key_count);
     if (args_.dkey_bias != nullptr) {
-      write_keys(static_cast<A*>(args_.dkey_bias) + head * in_.keys, grad_bias_, 1, 1, A{1}, key_count);
+      write_sums(static_cast<A*>(args_.dkey_bias) + head * in_.keys, in_.keys, grad_bias_, key_index_, key_count);
     }
   }
 
@@ -255,7 +255,8 @@ class Backward {
   const Sizes<A, O> size_;
   Scratch scratch_;
   int64_t *query_index_, *key_index_;
-  A *bias_, *grad_keys_, *grad_bias_;
+  A *bias_, *grad_keys_;
+  double* grad_bias_;
   O *queries_, *query_steps_;
   A* grad_queries_;
   O *grad_rows_, *grad_steps_;

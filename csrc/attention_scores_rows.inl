@@ -141,18 +141,29 @@ inline void multiply_panels(int64_t rows, int64_t keys, int64_t depth, const O* 
   }
 }
 
-// to[columns] += the rows of a chunk, each by its factor. A few rows at a time, then those sums, then chunks: added one
-// after the other, equal rows would all be rounded the same way.
+// to[columns] += the rows of a chunk, each by its factor. A few rows at a time, and those sums in fp64: added one after
+// the other, equal rows would all be rounded the same way.
 template <class A>
-inline void add_up(int64_t rows, int64_t columns, const A* factors, const A* chunk, A* to) {
+inline void add_up(int64_t rows, int64_t columns, const A* factors, const A* chunk, double* to) {
   constexpr int64_t kFew = 8;
-  A sum[kChunk] = {};
   for (int64_t i = 0; i < rows; i += kFew) {
+    A sum[kChunk] = {};
     multiply<A, false>(1, columns / Lanes<A>::width, smaller(kFew, rows - i), factors + i, 0, chunk + i * kChunk,
                        kChunk, sum, 0, Finish<A>{nullptr, A{1}});
+    for (int64_t c = 0; c < columns; ++c) {
+      to[c] += static_cast<double>(sum[c]);
+    }
   }
-  for (int64_t c = 0; c < columns; ++c) {
-    to[c] += sum[c];
+}
+
+// One number for each of `keys` keys: sums of the valid ones, zeros for the others.
+template <class A>
+inline void write_sums(A* to, int64_t keys, const double* sums, const int64_t* index, int64_t count) {
+  if (count < keys) {
+    fill(to, keys, A{0});
+  }
+  for (int64_t j = 0; j < count; ++j) {
+    to[index[j]] = static_cast<A>(sums[j]);
   }
 }
 
