@@ -21,7 +21,9 @@ from sparsify_kernels.testing.fuzz.parts import (
     floats,
     layouts,
     lengths,
+    orders,
     poison,
+    put,
     reference,
     seeds,
     wide,
@@ -63,8 +65,8 @@ class Case:
             st.tuples(flags, flags), seeds,
         )  # fmt: skip
 
-    def sums(self, kernels: Kernels) -> Iterator[Sums]:
-        """Results, then gradients."""
+    def sums(self, kernels: Kernels, others: int = 0) -> Iterator[Sums]:
+        """Results, then gradients; the reference's in as many other orders of channels and keys, too."""
         g, dtype = torch.Generator().manual_seed(self.seed), FLOATS[self.dtype]
         accumulation = torch.float64 if dtype == torch.float64 else torch.float32
         q = draw((self.batch, self.heads, self.queries, self.dim), g, dtype)
@@ -89,14 +91,13 @@ class Case:
         ours_args = [None if a is None else relayout(a, n) for a, n in zip(args, names, strict=True)]
         scale = None if self.scale is None else self.scale * self.dim**-0.5
         ours = kernels("attention_scores", *ours_args, scale)
-        plain = reference("attention_scores", *args, scale)
+        near = [_forward(args, scale, order) for order in orders(others, self.dim, self.keys, seed=self.seed)]
+        plain = near[0]
         truth = reference("attention_scores", *wide(args), scale)
-        for name, o, p, t in zip(("received", "output", "lse"), ours, plain, truth, strict=True):
-            yield Sums(name, o, p, t)
+        for name, o, t, p, *more in zip(("received", "output", "lse"), ours, truth, *near, strict=True):
+            yield Sums(name, o, p, t, others=tuple(more))
 
-        if (
-            self.bias == "huge"
-        ):  # a kernel has its probabilities from exp(logit - lse), and lse is as coarse as it is large
+        if self.bias == "huge":  # probabilities come from exp(logit - lse), and lse is as coarse as it is large
             return
         slopes = [draw(t.shape, g, t.dtype) if on else None for t, on in zip(plain, self.grads, strict=False)]
         slopes[1] = None if v is None else slopes[1]
@@ -104,12 +105,48 @@ class Case:
         wanted[2], wanted[3] = wanted[2] and v is not None, wanted[3] and bias is not None
         ours_slopes = [None if s is None else relayout(s, self.other_layout) for s in slopes]
         back = kernels("attention_scores_backward", *ours_slopes, *ours_args, *ours[1:], scale, wanted)
-        near = reference("attention_scores_backward", *slopes, *args, *plain[1:], scale, wanted)
+        near = [
+            _backward(slopes, args, p, scale, wanted, order)
+            for p, order in zip(near, orders(others, self.dim, self.keys, seed=self.seed), strict=True)
+        ]
         exact = reference("attention_scores_backward", *wide(slopes), *wide(args), *truth[1:], scale, wanted)
         # Equal keys: dq is 0, and so may PyTorch's error be, in every draw. What it adds up is not.
         terms = _terms_of_dq(wide(slopes), wide(args), truth[2], scale) if self.kind == "equal" else None
-        for name, o, p, t in zip(("dq", "dk", "dv", "dkey_bias"), back, near, exact, strict=True):
-            yield Sums(name, o, p, t, terms if name == "dq" and wanted[0] else None)
+        for name, o, t, p, *more in zip(("dq", "dk", "dv", "dkey_bias"), back, exact, *near, strict=True):
+            yield Sums(name, o, p, t, terms if name == "dq" and wanted[0] else None, tuple(more))
+
+
+def _forward(args: list[Any], scale: float | None, order: list[Tensor] | None) -> tuple[Tensor, ...]:
+    """What the reference gives with channels and keys in this order, each key's where it was."""
+    if order is None:
+        return reference("attention_scores", *args, scale)
+    received, output, lse = reference("attention_scores", *_in_order(args, *order), scale)
+    return put(received, 1, order[1].argsort()), output, lse
+
+
+def _backward(
+    slopes: list[Any],
+    args: list[Any],
+    plain: tuple[Tensor, ...],
+    scale: float | None,
+    wanted: list[bool],
+    order: list[Tensor] | None,
+) -> tuple[Tensor, ...]:
+    """The same for the gradients, each where it was."""
+    if order is None:
+        return reference("attention_scores_backward", *slopes, *args, *plain[1:], scale, wanted)
+    placed = [put(slopes[0], 1, order[1]), slopes[1], *_in_order(args, *order)]
+    dq, dk, dv, dbias = reference("attention_scores_backward", *placed, *plain[1:], scale, wanted)
+    channels, keys = (o.argsort() for o in order)
+    return put(dq, 3, channels), put(put(dk, 2, keys), 3, channels), put(dv, 2, keys), put(dbias, 1, keys)
+
+
+def _in_order(args: list[Any], channels: Tensor, keys: Tensor) -> list[Any]:
+    q, k, v, bias, asked, there = args
+    return [
+        put(q, 3, channels), put(put(k, 2, keys), 3, channels), put(v, 2, keys), put(bias, 1, keys), asked,
+        put(there, 1, keys),
+    ]  # fmt: skip
 
 
 def _terms_of_dq(slopes: list[Tensor | None], args: list[Any], lse: Tensor, scale: float | None) -> Tensor:

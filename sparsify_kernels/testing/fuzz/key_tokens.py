@@ -61,7 +61,7 @@ class Case:
             st.integers(0, 19).map(lambda n: n == 0), inner, seeds,
         )  # fmt: skip
 
-    def sums(self, kernels: Kernels) -> Iterator[Sums]:
+    def sums(self, kernels: Kernels, others: int = 0) -> Iterator[Sums]:
         """Of the keys nothing may err; of what is gathered, the gradient."""
         g, dtype = torch.Generator().manual_seed(self.seed), FLOATS[self.dtype]
         shape = (self.batch, self.tokens)

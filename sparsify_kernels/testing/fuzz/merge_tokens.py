@@ -23,7 +23,9 @@ from sparsify_kernels.testing.fuzz.parts import (
     floats,
     layouts,
     lengths,
+    orders,
     poison,
+    put,
     reference,
     seeds,
     wide,
@@ -63,8 +65,8 @@ class Case:
             layouts, st.tuples(flags, flags), st.tuples(flags, flags), seeds,
         )  # fmt: skip
 
-    def sums(self, kernels: Kernels) -> Iterator[Sums]:
-        """Results, then gradients."""
+    def sums(self, kernels: Kernels, others: int = 0) -> Iterator[Sums]:
+        """Results, then gradients; those of weights, sums over channels, in as many other orders of them, too."""
         g, dtype = torch.Generator().manual_seed(self.seed), FLOATS[self.dtype]
         shape = (self.batch, self.tokens)
         valid = draw_valid(self.valid, shape, g)
@@ -98,8 +100,16 @@ class Case:
         back = kernels("merge_tokens_backward", *placed, list(self.wanted))
         near = reference("merge_tokens_backward", *given, *plain, list(self.wanted))
         exact = reference("merge_tokens_backward", *wide(given), *truth, list(self.wanted))
-        for name, o, p, t in zip(("dx", "dweight"), back, near, exact, strict=True):
-            yield Sums(name, o, p, t)
+        more = [self._weights_gradient(given, plain, order) for order in orders(others, self.dim, seed=self.seed)[1:]]
+        yield Sums("dx", back[0], near[0], exact[0])
+        yield Sums("dweight", back[1], near[1], exact[1], others=tuple(more))
+
+    def _weights_gradient(self, given: list[Any], plain: tuple[Tensor, ...], order: list[Tensor] | None) -> Tensor:
+        """The reference's with channels in another order."""
+        assert order is not None
+        slope, grad_size, x, weight = given
+        placed = (put(slope, 2, *order), grad_size, put(x, 2, *order), weight, put(plain[0], 2, *order), *plain[1:])
+        return reference("merge_tokens_backward", *placed, list(self.wanted))[1]
 
     def _metric(self, g: torch.Generator) -> Tensor:
         shape = (self.batch, self.tokens, self.metric_dim)

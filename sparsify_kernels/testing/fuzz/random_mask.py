@@ -58,7 +58,7 @@ class Case:
             st.integers(1, 150), grid, st.integers(1, 3), st.sampled_from(sorted(PAYLOADS)), layouts, flags, seeds,
         )  # fmt: skip
 
-    def sums(self, kernels: Kernels) -> Iterator[Sums]:
+    def sums(self, kernels: Kernels, others: int = 0) -> Iterator[Sums]:
         """None: nothing may err."""
         g, dtype = torch.Generator().manual_seed(self.seed), PAYLOADS[self.dtype]
         units, width, kept = self.units, 0, min(self.kept, self.units)
