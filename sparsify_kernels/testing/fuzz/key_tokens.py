@@ -10,20 +10,18 @@ import torch
 from hypothesis import strategies as st
 
 from sparsify_kernels.testing.asserts import assert_same
+from sparsify_kernels.testing.bits import assert_same_bits, payload, placed
 from sparsify_kernels.testing.fuzz.parts import (
     FLOATS,
     VALID,
     Kernels,
     Sums,
-    assert_same_bits,
     batches,
     draw,
     draw_valid,
     floats,
     layouts,
     lengths,
-    payload,
-    placed,
     poison,
     reference,
     seeds,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsify_kernels import _registry
 from sparsify_kernels.testing.asserts import assert_accurate, assert_same
-from sparsify_kernels.testing.inputs import LAYOUTS, relayout
+from sparsify_kernels.testing.inputs import LAYOUTS
 from sparsify_kernels.testing.memory import poisoned_memory
 
 FLOATS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16, "fp64": torch.float64}
@@ -72,27 +72,6 @@ def poison(x: Tensor, valid: Tensor | None, g: torch.Generator) -> Tensor:
     bad = torch.tensor([torch.nan, torch.inf, -torch.inf, torch.finfo(x.dtype).max], dtype=x.dtype)
     junk = bad[torch.randint(0, len(bad), x.shape, generator=g)]
     return torch.where(valid.view(*valid.shape, *[1] * (x.dim() - 2)), x, junk)
-
-
-def payload(shape: tuple[int, ...], dtype: torch.dtype, g: torch.Generator) -> Tensor:
-    """Arbitrary bits, NaN among them."""
-    x = torch.empty(shape, dtype=dtype)
-    if x.numel():
-        x.view(torch.uint8).random_(0, 2 if dtype == torch.bool else 256, generator=g)
-    return x
-
-
-def placed(x: Tensor, layout: str) -> Tensor:
-    """``relayout`` of the bits: it is not made for every dtype."""
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(x.dtype.itemsize, x.dtype)
-    return relayout(x.view(integers), layout).view(x.dtype)
-
-
-def assert_same_bits(ours: Tensor, expected: Tensor, what: str) -> None:
-    assert ours.dtype == expected.dtype, what
-    assert ours.shape == expected.shape, what
-    if expected.numel():
-        assert torch.equal(ours.contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8)), what
 
 
 class Sums(NamedTuple):

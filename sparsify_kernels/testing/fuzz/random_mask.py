@@ -9,16 +9,14 @@ import torch
 from hypothesis import strategies as st
 
 from sparsify_kernels.testing.asserts import assert_same
+from sparsify_kernels.testing.bits import assert_same_bits, payload, placed
 from sparsify_kernels.testing.fuzz.parts import (
     FLOATS,
     Kernels,
     Sums,
-    assert_same_bits,
     batches,
     flags,
     layouts,
-    payload,
-    placed,
     reference,
     seeds,
 )

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from sparsify_kernels import _registry
 from sparsify_kernels.random_mask import reference
-from sparsify_kernels.testing import LAYOUTS, guarded, poisoned_memory, relayout
+from sparsify_kernels.testing import LAYOUTS, guarded, poisoned_memory
+from sparsify_kernels.testing.bits import assert_same_bits, payload, placed
 
 FORWARD = _registry.implementations("random_mask")
 BACKWARD = _registry.implementations("random_mask_backward")
@@ -46,28 +47,6 @@ SHAPES = [
     (1, 24, 3, 18, 12),
     (2, 24, 3, 12, 2),
 ]
-
-
-def payload(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Arbitrary bits: NaN and Inf occur, and must come through unchanged."""
-    x = torch.empty(shape, dtype=dtype)
-    if x.numel():
-        x.view(torch.uint8).random_(0, 2 if dtype == torch.bool else 256)
-    return x
-
-
-def placed(x: Tensor, layout: str) -> Tensor:
-    """``relayout`` for every dtype: PyTorch does not stack all of them, but the integers of their sizes."""
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}.get(x.dtype.itemsize, x.dtype)
-    return relayout(x.view(integers), layout).view(x.dtype)
-
-
-def assert_same_bytes(ours: Tensor, expected: Tensor) -> None:
-    assert ours.dtype == expected.dtype
-    assert ours.shape == expected.shape
-    if not expected.numel():
-        return
-    assert torch.equal(ours.cpu().contiguous().view(torch.uint8), expected.contiguous().view(torch.uint8))
 
 
 def on(backend: str, *args: Any) -> list[Any]:
@@ -109,8 +88,8 @@ def test_forward_and_backward_agree_with_the_reference(backend: str, shape: tupl
             ours = FORWARD[backend](*on(backend, x, seed), kept, width)
             scattered = BACKWARD[backend](*on(backend, grad, index), units)
         assert torch.equal(ours[1].cpu(), index)
-        assert_same_bytes(ours[0], tokens)
-        assert_same_bytes(scattered, reference.random_mask_backward(grad, index, units))
+        assert_same_bits(ours[0], tokens)
+        assert_same_bits(scattered, reference.random_mask_backward(grad, index, units))
 
 
 @pytest.mark.parametrize(
@@ -128,18 +107,18 @@ def test_any_dtype_in_any_layout(backend: str, dtype: torch.dtype) -> None:
             gradient[b, unit] = grad[b, slot]
     for layout in LAYOUTS:
         ours = FORWARD[backend](*on(backend, placed(x, layout), placed(seed, layout)), 3, 0)
-        assert_same_bytes(ours[0], tokens)
-        assert_same_bytes(BACKWARD[backend](*on(backend, placed(grad, layout), placed(index, layout)), 6), gradient)
+        assert_same_bits(ours[0], tokens)
+        assert_same_bits(BACKWARD[backend](*on(backend, placed(grad, layout), placed(index, layout)), 6), gradient)
 
 
 @pytest.mark.parametrize("backend", FAST)
 def test_expanded_input_and_gradient(backend: str) -> None:
     x = torch.randn(1, 1, 4).expand(3, 8, 4)
     tokens, index = FORWARD[backend](*on(backend, x, torch.tensor(1)), 4, 0)
-    assert_same_bytes(tokens, x[:, :4].contiguous())
+    assert_same_bits(tokens, x[:, :4].contiguous())
     grad = torch.ones(()).expand(3, 4, 4)
     expected = reference.random_mask_backward(grad, index.cpu(), 8)
-    assert_same_bytes(BACKWARD[backend](*on(backend, grad, index), 8), expected)
+    assert_same_bits(BACKWARD[backend](*on(backend, grad, index), 8), expected)
 
 
 def test_cpp_index_is_bit_identical_over_a_thousand_seeds() -> None:
