@@ -124,19 +124,20 @@ template <class A>
 constexpr int64_t kPanel = kBlockVectors * Lanes<A>::width;
 
 // [rows, keys of the chunk] = left [rows, depth] times the chunk's panels, by `factor`, plus the addend of each key.
-// Long sums are made of short ones: added up one by one, their terms would be rounded more and more.
+// Long sums are made of short ones: added up one by one, their terms would be rounded more and more. Where keys are few,
+// PyTorch's are shorter still, and so are these.
 template <class O>
 inline void multiply_panels(int64_t rows, int64_t keys, int64_t depth, const O* left, int64_t left_row, const O* panels,
                             Sum<O>* to, const Sum<O>* addend, Sum<O> factor) {
-  constexpr int64_t kShort = 64;
   for (int64_t j = 0; j < keys; j += kPanel<O>) {
     const int64_t columns = keys - j < kPanel<O> ? keys - j : kPanel<O>;
+    const int64_t some = columns == Lanes<O>::width ? 16 : 64;
     int64_t k = 0;
     do {  // once where there is no depth, too: the addend is written all the same
-      multiply<O, false>(rows, columns / Lanes<O>::width, smaller(kShort, depth - k), left + k, left_row,
+      multiply<O, false>(rows, columns / Lanes<O>::width, smaller(some, depth - k), left + k, left_row,
                          panels + j * depth + k * columns, columns, to + j, kChunk,
                          Finish<Sum<O>>{k == 0 ? addend + j : nullptr, factor});
-      k += kShort;
+      k += some;
     } while (k < depth);
   }
 }
