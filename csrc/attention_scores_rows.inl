@@ -124,8 +124,8 @@ template <class A>
 constexpr int64_t kPanel = kBlockVectors * Lanes<A>::width;
 
 // [rows, keys of the chunk] = left [rows, depth] times the chunk's panels, by `factor`, plus the addend of each key.
-// Long sums are made of short ones: added up one by one, their terms would be rounded more and more. Where keys are few,
-// PyTorch's are shorter still, and so are these.
+// Long sums are made of short ones: added up one by one, their terms would be rounded more and more. Where keys are
+// few, PyTorch's are shorter still, and so are these.
 template <class O>
 inline void multiply_panels(int64_t rows, int64_t keys, int64_t depth, const O* left, int64_t left_row, const O* panels,
                             Sum<O>* to, const Sum<O>* addend, Sum<O> factor) {
