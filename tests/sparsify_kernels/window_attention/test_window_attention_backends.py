@@ -304,6 +304,7 @@ def test_a_nan_stays_in_its_window() -> None:
                 got[name].select(-2 if name != "lse" else -1, 0), clean[name].select(-2 if name != "lse" else -1, 0)
             )
         assert got["output"][member[start[1]], 1].isnan().any()
+        assert got["lse"][member[start[1]], 1].isnan() == (part < 2)
         assert got["dqkv"][member[start[1]], :, 1].isnan().any()
 
 
@@ -341,16 +342,6 @@ def test_the_largest_logit_is_found_wherever_it_is(tokens: int) -> None:
         output, lse = FORWARD["cpp"](qkv, bias, None, *one_window(tokens), False)
         assert (output == j + 1).all()
         assert (lse == 1000).all()
-
-
-def test_large_logits_and_scales_do_not_overflow() -> None:
-    inputs = window_inputs(WindowShape(97, 3, 7, 9, 2, 24), **EVERYTHING)
-    large = {**inputs, "scale": torch.tensor([100.0, 1e-4]), "bias": inputs["bias"] * 300}
-    for name, result in run(large).items():
-        assert result.isfinite().all(), name
-    short = {**inputs, "qkv": inputs["qkv"] * 1e-14}  # shorter than the smallest length that counts
-    ours, truth = run(short), eager(short, torch.float64)
-    torch.testing.assert_close(ours["output"].double(), truth["output"], rtol=1e-4, atol=1e-18)
 
 
 def test_no_tokens() -> None:

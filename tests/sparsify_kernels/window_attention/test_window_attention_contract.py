@@ -69,10 +69,12 @@ def test_literal_table(case: tuple[Any, ...]) -> None:
     torch.testing.assert_close(got.flatten(), torch.tensor(expected, dtype=torch.float32))
 
 
-def test_the_penalty_between_regions_is_a_hundred_and_no_more() -> None:
-    qkv = packed([0, 0], [0, 0], [4, 8])
+@pytest.mark.parametrize("scale", [1.0, 0.25])
+def test_the_penalty_between_regions_is_a_hundred_and_no_more(scale: float) -> None:
+    """Whatever dot products are multiplied by."""
+    qkv, factor = packed([0, 0], [0, 0], [4, 8]).double(), torch.tensor([scale], dtype=torch.float64)
     bias = torch.tensor([[[100 + LOG3, 0.0, 0.0]]], dtype=torch.float64)
-    got = window_attention(qkv.double(), bias, windows([0, 1], [0, 2], [0, 1], [0, 1]))
+    got = window_attention(qkv, bias, windows([0, 1], [0, 2], [0, 1], [0, 1]), scale=factor)
     torch.testing.assert_close(got.flatten(), torch.tensor([7.0, 8.0], dtype=torch.float64))
 
 
