@@ -193,7 +193,7 @@ class Forward {
       values = packed;
     }
     multiply<O, false>(rows, size_.value_dim / size_.lanes, steps<O>(columns), weights, weights_row, values, ld,
-                       output_, size_.value_dim, Finish<A>{nullptr, A{1}});
+                       output_, size_.value_dim, Finish<A>{nullptr, A{1}, true});
   }
 
   // Adds the probabilities of the tile to what each key received.

@@ -205,7 +205,7 @@ class Backward {
 
   // grads_ becomes the gradient of the logits; what follows from it and from the weights is added up.
   void products(int64_t rows, bool values) {
-    const Finish<A> add{nullptr, A{1}};
+    const Finish<A> add{nullptr, A{1}, true};
     const bool logits = args_.dq != nullptr || args_.dk != nullptr || args_.dkey_bias != nullptr;
     fill(grad_queries_, rows * size_.dim, A{0});
     for (int64_t j = 0; j < keys_; j += kChunk) {

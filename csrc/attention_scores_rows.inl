@@ -136,7 +136,7 @@ inline void multiply_panels(int64_t rows, int64_t keys, int64_t depth, const O* 
     do {  // once where there is no depth, too: the addend is written all the same
       multiply<O, false>(rows, columns / Lanes<O>::width, smaller(some, depth - k), left + k, left_row,
                          panels + j * depth + k * columns, columns, to + j, kChunk,
-                         Finish<Sum<O>>{k == 0 ? addend + j : nullptr, factor});
+                         Finish<Sum<O>>{k + some < depth ? nullptr : addend + j, factor, k > 0});
       k += some;
     } while (k < depth);
   }
@@ -150,7 +150,7 @@ inline void add_up(int64_t rows, int64_t columns, const A* factors, const A* chu
   for (int64_t i = 0; i < rows; i += kFew) {
     A sum[kChunk] = {};
     multiply<A, false>(1, columns / Lanes<A>::width, smaller(kFew, rows - i), factors + i, 0, chunk + i * kChunk,
-                       kChunk, sum, 0, Finish<A>{nullptr, A{1}});
+                       kChunk, sum, 0, Finish<A>{nullptr, A{1}, true});
     for (int64_t c = 0; c < columns; ++c) {
       to[c] += static_cast<double>(sum[c]);
     }

@@ -272,12 +272,13 @@ SPARSIFY_INLINE Vector<A> multiply_add(A left, Vector<A> right, Vector<A> total)
   return total + left * right;
 }
 
-// What becomes of a product: c = product * factor + addend (a row, for every row of c), or c += product * factor where
-// there is no addend.
+// What becomes of a product: c = product * factor, onto what is there or not, plus an addend (a row, for every row of
+// c) if there is one.
 template <class A>
 struct Finish {
   const A* addend;
   A factor;
+  bool onto;
 };
 
 template <class O>
@@ -310,7 +311,13 @@ void block(int64_t depth, const O* a, int64_t a_row, const O* b, int64_t b_row, 
 #pragma GCC unroll 4
     for (int v = 0; v < kVectors; ++v) {
       A* to = c + r * c_row + v * width;
-      store(to, total[r][v] * finish.factor + load(finish.addend != nullptr ? finish.addend + v * width : to));
+      const Vector<A> there = finish.onto ? load(to) : Vector<A>{};
+      if (finish.addend == nullptr) {
+        store(to, there + total[r][v] * finish.factor);
+      } else {
+        const Vector<A> addend = load(finish.addend + v * width);
+        store(to, finish.onto ? (there + total[r][v] * finish.factor) + addend : total[r][v] * finish.factor + addend);
+      }
     }
   }
 }
@@ -347,7 +354,7 @@ inline void multiply(int64_t rows, int64_t vectors, int64_t depth, const O* a, i
   const int64_t down = (rows + kBlockRows - 1) / kBlockRows, across = (vectors + kBlockVectors - 1) / kBlockVectors;
   for (int64_t j = 0; j < across; ++j) {
     const int64_t left = vectors * j / across, some_vectors = vectors * (j + 1) / across - left, at = left * width;
-    const Finish<Sum<O>> here{finish.addend != nullptr ? finish.addend + at : nullptr, finish.factor};
+    const Finish<Sum<O>> here{finish.addend != nullptr ? finish.addend + at : nullptr, finish.factor, finish.onto};
     for (int64_t i = 0; i < down; ++i) {
       const int64_t top = rows * i / down, some_rows = rows * (i + 1) / down - top;
       const Block<O> run = Blocks<O, kTransposed>::template pick<kBlockRows>(static_cast<int>(some_rows),

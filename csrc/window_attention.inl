@@ -92,14 +92,14 @@ class Rows {
   const int64_t width_;
 };
 
-// C = A B, or C += A B where there are no `zeros` [vectors * width], as in multiply(). Long sums are made of short
+// C = A B, or C += A B where it goes `onto` what is there, as in multiply(). Long sums are made of short
 // ones: added up one by one, their terms would be rounded more and more.
 template <class A, bool kTransposed>
 inline void product(int64_t rows, int64_t vectors, int64_t depth, const A* a, int64_t a_row, const A* b, int64_t b_row,
-                    A* c, int64_t c_row, const A* zeros) {
+                    A* c, int64_t c_row, bool onto) {
   constexpr int64_t kShort = sizeof(A) == 8 ? 8 : 32;
   for (int64_t k = 0; k < depth; k += kShort) {
-    const Finish<A> finish{k == 0 ? zeros : nullptr, A{1}};
+    const Finish<A> finish{nullptr, A{1}, onto || k > 0};
     multiply<A, kTransposed>(rows, vectors, smaller(kShort, depth - k), a + (kTransposed ? k * a_row : k), a_row,
                              b + k * b_row, b_row, c, c_row, finish);
   }
@@ -141,16 +141,13 @@ class Forward {
         norm_(scratch_.take<A>(most_)),
         inverse_(scratch_.take<A>(most_)),
         top_(scratch_.take<A>(rounded_up(kTileRows, lanes))),
-        total_(scratch_.take<A>(rounded_up(kTileRows, lanes))),
-        zeros_(scratch_.take<A>(most_ + rows_.width())) {
-    fill(zeros_, most_ + rows_.width(), A{0});
-  }
+        total_(scratch_.take<A>(rounded_up(kTileRows, lanes))) {}
 
   // What the constructor takes, with room for rounding each piece up.
   int64_t bytes() const {
-    const int64_t rows = 4 * most_ + kTileRows + 1;
-    const int64_t numbers = rows * rows_.width() + kTileRows * most_ + 3 * most_ + 2 * rounded_up(kTileRows, lanes);
-    return numbers * static_cast<int64_t>(sizeof(A)) + 12 * 64;
+    const int64_t rows = 4 * most_ + kTileRows;
+    const int64_t numbers = rows * rows_.width() + kTileRows * most_ + 2 * most_ + 2 * rounded_up(kTileRows, lanes);
+    return numbers * static_cast<int64_t>(sizeof(A)) + 11 * 64;
   }
 
   template <class T>
@@ -173,9 +170,9 @@ class Forward {
         rows_.expect(static_cast<const T*>(args_.output) + (places_.token(begin + i) * in_.heads + h) * in_.dim);
       }
       product<A, false>(rows, padded / lanes, in_.dim, queries_ + begin * width, width, panel_, padded, logits_, padded,
-                        zeros_);
+                        false);
       probabilities(begin, rows, factor);
-      product<A, false>(rows, width / lanes, count, logits_, padded, values_, width, output_, width, zeros_);
+      product<A, false>(rows, width / lanes, count, logits_, padded, values_, width, output_, width, false);
       write<T>(begin, rows, h);
     }
   }
@@ -225,5 +222,5 @@ class Forward {
   const Rows<A> rows_;
   const int64_t most_;
   Scratch scratch_;
-  A *queries_, *keys_, *panel_, *values_, *logits_, *output_, *norm_, *inverse_, *top_, *total_, *zeros_;
+  A *queries_, *keys_, *panel_, *values_, *logits_, *output_, *norm_, *inverse_, *top_, *total_;
 };

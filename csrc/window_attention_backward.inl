@@ -40,18 +40,15 @@ class Backward {
         weights_(scratch_.take<A>(kGradTileRows * most_)),
         grads_(scratch_.take<A>(kGradTileRows * most_)),
         row_(scratch_.take<A>(rows_.width())),
-        zeros_(scratch_.take<A>(most_ + rows_.width())),
         query_norm_(scratch_.take<A>(most_)),
         query_inverse_(scratch_.take<A>(most_)),
         key_norm_(scratch_.take<A>(most_)),
-        key_inverse_(scratch_.take<A>(most_)) {
-    fill(zeros_, most_ + rows_.width(), A{0});
-  }
+        key_inverse_(scratch_.take<A>(most_)) {}
 
   // What the constructor takes, with room for rounding each piece up.
   int64_t bytes() const {
-    const int64_t numbers = (8 * most_ + kGradTileRows + 2) * rows_.width() + 2 * kGradTileRows * most_ + 5 * most_;
-    return numbers * static_cast<int64_t>(sizeof(A)) + 18 * 64;
+    const int64_t numbers = (8 * most_ + kGradTileRows + 1) * rows_.width() + 2 * kGradTileRows * most_ + 4 * most_;
+    return numbers * static_cast<int64_t>(sizeof(A)) + 17 * 64;
   }
 
   template <class T>
@@ -115,9 +112,9 @@ class Backward {
     gradients_of_logits<T>(begin, rows, h);
     if (args_.dqkv != nullptr) {
       product<A, true>(count, width / lanes, rows, weights_, padded, grad_rows_ + begin * width, width, grad_values_,
-                       width, nullptr);
+                       width, true);
       product<A, true>(count, width / lanes, rows, grads_, padded, queries_ + begin * width, width, grad_keys_, width,
-                       nullptr);
+                       true);
     }
     for (int64_t i = 0; i < rows && args_.dbias != nullptr; ++i) {
       places_.add_pairs(begin + i, grads_ + i * padded);
@@ -125,7 +122,7 @@ class Backward {
     if (!products_) {
       return;
     }
-    product<A, false>(rows, width / lanes, count, grads_, padded, keys_, width, grad_queries_, width, zeros_);
+    product<A, false>(rows, width / lanes, count, grads_, padded, keys_, width, grad_queries_, width, false);
     for (int64_t i = 0; i < rows; ++i) {
       const A *grad = grad_queries_ + i * width, *query = queries_ + (begin + i) * width;
       if (args_.dscale != nullptr) {
@@ -151,9 +148,9 @@ class Backward {
       }
     }
     product<A, false>(rows, padded / lanes, in_.dim, queries_ + begin * width, width, key_panel_, padded, weights_,
-                      padded, zeros_);
+                      padded, false);
     product<A, false>(rows, padded / lanes, in_.dim, grad_rows_ + begin * width, width, value_panel_, padded, grads_,
-                      padded, zeros_);
+                      padded, false);
     for (int64_t i = 0; i < rows; i += kTogether<A>) {
       probabilities(begin, i, smaller(kTogether<A>, rows - i), h);
     }
@@ -227,7 +224,7 @@ class Backward {
     }
     const bool turns = norm[i] > static_cast<A>(kSmallestNorm);
     if (turns && in_.dim == 1) {  // nowhere to turn to, exactly: rounding would be all there is
-      return write_row(zeros_, in_.dim, A{1}, to);
+      return narrow(A{0}, *to);
     }
     const A along = turns ? dot(grad, direction) : A{0};
     for (int64_t c = 0; c < rows_.width(); c += lanes) {
@@ -244,7 +241,7 @@ class Backward {
   const bool products_;
   Scratch scratch_;
   A *queries_, *keys_, *key_panel_, *values_, *value_panel_, *grad_rows_, *grad_keys_, *grad_values_, *grad_queries_;
-  A *weights_, *grads_, *row_, *zeros_, *query_norm_, *query_inverse_, *key_norm_, *key_inverse_;
+  A *weights_, *grads_, *row_, *query_norm_, *query_inverse_, *key_norm_, *key_inverse_;
   A factor_ = 1;
   double scale_sum_ = 0;
 };
