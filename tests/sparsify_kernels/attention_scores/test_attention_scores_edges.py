@@ -78,3 +78,30 @@ def test_a_bias_common_to_all_keys_changes_no_gradient() -> None:
         found.append((output, *BACKWARD["cpp"](*grads, *args, output, lse, 0.25, [True] * 4)))
     for name, ours, plain in zip(("output", "dq", "dk", "dv", "dkey_bias"), found[1], found[0], strict=True):
         assert (ours - plain).abs().max() < 1e-6 * plain.abs().max().clamp(min=1), name
+
+
+@pytest.mark.parametrize(("keys", "most"), [(1, 8), (100, 20)])
+def test_long_dot_products_are_made_of_short_ones(keys: int, most: int) -> None:
+    """1,024 times 0.1: added up one by one, that is off by more than 60 roundings."""
+    q, k = torch.ones(1, 1, 3, 1024), torch.full((1, 1, keys, 1024), 0.1)
+    hidden = torch.where(torch.arange(keys) == 0, 0.0, -torch.inf)[None]
+    lse = FORWARD["cpp"](q, k, None, hidden, None, None, 1.0)[2]
+    torch.testing.assert_close(lse, torch.full((1, 1, 3), 0.1) * 1024, rtol=most * 2**-23, atol=0.0)
+
+
+@pytest.mark.parametrize("keys", [1, 100])
+def test_a_bias_is_added_to_the_whole_dot_product(keys: int) -> None:
+    """The dot products and their parts are exact, so that the sum with the bias is rounded once."""
+    g = torch.Generator().manual_seed(0)
+    q, k = (torch.randint(-9, 10, (1, 1, n, 257), generator=g) / 8 for n in (40, keys))
+    bias = torch.full((1, keys), -torch.inf).index_fill(1, torch.tensor([0]), 100.37)
+    lse = FORWARD["cpp"](q, k, None, bias, None, None, 1.0)[2]
+    exact = q.double() @ k[:, :, :1].double().mT + bias[:, :1].double()
+    torch.testing.assert_close(lse, exact[..., 0].float(), rtol=0.0, atol=0.0)
+
+
+def test_what_equal_keys_receive_is_rounded_but_once() -> None:
+    """Each gets a tenth from every query; added up in fp32, equal numbers are all rounded the same way."""
+    q, k = torch.randn(1, 3, 700, 8), torch.ones(1, 3, 10, 8)
+    received = FORWARD["cpp"](q, k, None, None, None, None, None)[0]
+    torch.testing.assert_close(received, torch.full((1, 10), 0.1), rtol=2**-23, atol=0.0)
