@@ -13,6 +13,7 @@ struct Lanes<float> {
   typedef float memory __attribute__((vector_size(SPARSIFY_VECTOR_BYTES), aligned(4), may_alias));
   typedef int32_t integers __attribute__((vector_size(SPARSIFY_VECTOR_BYTES)));
   typedef int32_t integer;
+  typedef uint32_t bits __attribute__((vector_size(SPARSIFY_VECTOR_BYTES)));
 };
 
 template <>
@@ -22,6 +23,7 @@ struct Lanes<double> {
   typedef double memory __attribute__((vector_size(SPARSIFY_VECTOR_BYTES), aligned(8), may_alias));
   typedef int64_t integers __attribute__((vector_size(SPARSIFY_VECTOR_BYTES)));
   typedef int64_t integer;
+  typedef uint64_t bits __attribute__((vector_size(SPARSIFY_VECTOR_BYTES)));
 };
 
 template <class A>
@@ -101,13 +103,13 @@ struct ExpOf<double> {
 template <class A>
 SPARSIFY_INLINE Vector<A> exp_of(Vector<A> x) {
   using E = ExpOf<A>;
-  using Integers = typename Lanes<A>::integers;
+  using Bits = typename Lanes<A>::bits;
   x = larger<A>(Vector<A>{} + E::lowest, x);
   const Vector<A> shifted = x * E::log2e + E::shift;
   const Vector<A> n = shifted - E::shift;
   const Vector<A> f = (x - n * E::log2_high) - n * E::log2_low;
   // The low bits of `shifted` are n; the shift throws away all others.
-  const Integers exponent = (reinterpret_cast<Integers>(shifted) + E::bias) << E::mantissa;
+  const Bits exponent = (reinterpret_cast<Bits>(shifted) + E::bias) << E::mantissa;
   return E::polynomial(f) * reinterpret_cast<Vector<A>>(exponent);
 }
 
