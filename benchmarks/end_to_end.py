@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import platform
 import statistics
 import sys
@@ -281,6 +282,7 @@ def _peak(table: str, case_name: str, size: int, name: str, device: str) -> Peak
         call()
         return Peak(int(torch.cuda.max_memory_allocated() - before), None)
     pages = peak_memory(call)[0]
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself
     return Peak(peak_of_tensors(call)[0], pages)
 
 
