@@ -314,8 +314,9 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[Row] = []
     for case in cases():
         if args.only in (None, case.table):
-            rows += measure(case, args.device, 3 if args.quick else 7)
-            print(render(rows).splitlines()[-1], file=sys.stderr, flush=True)
+            measured = measure(case, args.device, 3 if args.quick else 7)
+            print(*render(measured).splitlines()[2:], sep="\n", file=sys.stderr, flush=True)
+            rows += measured
     print(f"{platform.processor() or platform.machine()}, {args.device}, {torch.get_num_threads()} threads")
     print(render(rows))
     if args.json is not None:
