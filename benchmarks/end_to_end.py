@@ -210,10 +210,11 @@ def autocast(device: str) -> torch.autocast:
 
 def measure(case: Case, device: str, rounds: int) -> list[Row]:
     """A row for each call but the baseline."""
+    # First, while this process holds no models: the largest case fills most of a small machine.
+    memory = {name: _memory_of(case, name, device) for name in list(case.functions(device, 1))}
     functions = case.functions(device, case.size)
     flop = {name: _flop(call) for name, call in functions.items()}
     seconds = _take_turns(functions, rounds, device)
-    memory = {name: _memory_of(case, name, device) for name in functions}
     first = next(iter(functions))
     base = (flop[first], seconds[first], memory[first].tensors)
     pages = {name: peak.pages for name, peak in memory.items() if peak.pages is not None}
