@@ -91,7 +91,8 @@ class Case:
         ours_args = [None if a is None else relayout(a, n) for a, n in zip(args, names, strict=True)]
         scale = None if self.scale is None else self.scale * self.dim**-0.5
         ours = kernels("attention_scores", *ours_args, scale)
-        near = [_forward(args, scale, order) for order in orders(others, self.dim, self.keys, seed=self.seed)]
+        listed = [None, *orders(others, self.dim, self.keys, seed=self.seed)]
+        near = [_forward(args, scale, order) for order in listed]
         plain = near[0]
         truth = reference("attention_scores", *wide(args), scale)
         for name, o, t, p, *more in zip(("received", "output", "lse"), ours, truth, *near, strict=True):
@@ -105,10 +106,7 @@ class Case:
         wanted[2], wanted[3] = wanted[2] and v is not None, wanted[3] and bias is not None
         ours_slopes = [None if s is None else relayout(s, self.other_layout) for s in slopes]
         back = kernels("attention_scores_backward", *ours_slopes, *ours_args, *ours[1:], scale, wanted)
-        near = [
-            _backward(slopes, args, p, scale, wanted, order)
-            for p, order in zip(near, orders(others, self.dim, self.keys, seed=self.seed), strict=True)
-        ]
+        near = [_backward(slopes, args, p, scale, wanted, order) for p, order in zip(near, listed, strict=True)]
         exact = reference("attention_scores_backward", *wide(slopes), *wide(args), *truth[1:], scale, wanted)
         # Equal keys: dq is 0, and so may PyTorch's error be, in every draw. What it adds up is not.
         terms = _terms_of_dq(wide(slopes), wide(args), truth[2], scale) if self.kind == "equal" else None

@@ -120,10 +120,10 @@ def _flat(tensors: tuple[Tensor, ...]) -> Tensor:
     return torch.cat([t.flatten() for t in tensors])
 
 
-def orders(count: int, *sizes: int, seed: int) -> list[list[Tensor] | None]:
-    """``None``, as it is, and ``count`` orders of axes of these sizes."""
+def orders(count: int, *sizes: int, seed: int) -> list[list[Tensor]]:
+    """``count`` orders of axes of these sizes."""
     g = torch.Generator().manual_seed(seed)
-    return [None, *([torch.randperm(size, generator=g) for size in sizes] for _ in range(count))]
+    return [[torch.randperm(size, generator=g) for size in sizes] for _ in range(count)]
 
 
 def put(x: Any, axis: int, order: Tensor) -> Any:

@@ -72,7 +72,7 @@ class Case:
         names = (self.layout, self.other_layout, self.layout, *[self.other_layout] * 4)
         ours_args = [None if a is None else relayout(a, n) for a, n in zip(args, names, strict=True)]
         ours = kernels("window_attention", *ours_args, self.cosine)
-        channels = orders(others, self.dim, seed=self.seed)
+        channels = [None, *orders(others, self.dim, seed=self.seed)]
         near = [self._forward(args, order) for order in channels]
         truth = reference("window_attention", *wide(args), self.cosine)
         for name, o, t, p, *more in zip(("output", "lse"), ours, truth, *near, strict=True):
