@@ -32,7 +32,7 @@ from sparsify.data.dataset import cores
 SIZE = ("--train", "520", "--val", "160", "--test", "1020", "--questions", "7", "8", "--eval-questions", "15", "16")
 # The demo preset, otherwise. As many epochs as in the paper, over few clips: dense has learnt them by heart at the end.
 SETTING = ("train.epochs=15", "mask.epochs=[0,-1]", "clip.frames=8")
-RISING = 5 * [0.25] + 9 * [0.5] + [0.75]  # keep ratios
+RISING = 3 * [0.25] + 12 * [0.5]  # keep ratios
 SHARE = "25%"
 DRAWS = 2000  # of the bootstrap
 ASKED = 160  # clips of the test split for the report's curves
