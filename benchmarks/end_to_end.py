@@ -21,6 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -53,6 +54,7 @@ class Case(NamedTuple):
     name: str
     functions: Callable[[str, int], Functions]
     size: int  # images or videos
+    rounds: int = 7
 
 
 class Row(NamedTuple):
@@ -74,13 +76,14 @@ class Row(NamedTuple):
 
 
 def cases() -> Iterator[Case]:
-    for step in ("forward", "forward + backward"):
-        yield Case("encoders", f"Swin-V2-T, {step}", lambda d, n, s=step: encoder_calls(vision(), d, n, s), 8)
-        yield Case("encoders", f"HTS-AT, {step}", lambda d, n, s=step: encoder_calls(audio(), d, n, s), 8)
-    yield Case("model", "training step, 10 frames, 6 segments", lambda d, n: model_calls(d, n, 10, 6), 1)
+    for passes in ("forward", "forward + backward"):
+        yield Case("encoders", f"Swin-V2-T, {passes}", lambda d, n, p=passes: encoder_calls(vision(), d, n, p), 8)
+        yield Case("encoders", f"HTS-AT, {passes}", lambda d, n, p=passes: encoder_calls(audio(), d, n, p), 8)
+    step = partial(model_calls, frames=10, segments=6)
+    yield Case("model", "training step, 10 frames, 6 segments", step, 1)
     for frames in (4, 10, 20, 40, 60):
-        segments = -(-frames // 10)
-        yield Case("clips", f"training step, {frames} s", lambda d, n, f=frames, s=segments: model_calls(d, n, f, s), 1)
+        step = partial(model_calls, frames=frames, segments=-(-frames // 10))
+        yield Case("clips", f"training step, {frames} s", step, 1, rounds=3)
 
 
 def vision() -> VisionEncoder:
@@ -91,7 +94,7 @@ def audio() -> AudioEncoder:
     return AudioEncoder(Config.preset("paper").audio)
 
 
-def encoder_calls(encoder: VisionEncoder | AudioEncoder, device: str, images: int, step: str) -> Functions:
+def encoder_calls(encoder: VisionEncoder | AudioEncoder, device: str, images: int, passes: str) -> Functions:
     """An encoder over ``images`` random images in units: dense, and with a half and a quarter of them."""
     encoder.to(device).train()
     grid, unit = encoder.config.units, encoder.config.unit
@@ -100,7 +103,7 @@ def encoder_calls(encoder: VisionEncoder | AudioEncoder, device: str, images: in
     if isinstance(encoder, AudioEncoder):
         units = (units * 0.3 - 60).half()
     _give_gradients(encoder)
-    backward = step != "forward"
+    backward = passes != "forward"
 
     def run(x: Tensor, kept: KeptUnits | None) -> None:
         for stage in range(len(encoder.stage_dims)):
@@ -306,7 +309,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.end_to_end", description=__doc__.split("\n\n")[0])
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the rows there, too")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu (fp32); cuda is bf16")
-    parser.add_argument("--quick", action="store_true", help="3 rounds in place of 7")
+    parser.add_argument("--quick", action="store_true", help="3 rounds in all tables; otherwise 7, and 3 in clips")
     parser.add_argument("--only", choices=TABLES, help="one table of the three")
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
@@ -315,7 +318,7 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[Row] = []
     for case in cases():
         if args.only in (None, case.table):
-            measured = measure(case, args.device, 3 if args.quick else 7)
+            measured = measure(case, args.device, min(case.rounds, 3) if args.quick else case.rounds)
             print(*render(measured).splitlines()[2:], sep="\n", file=sys.stderr, flush=True)
             rows += measured
     print(f"{platform.processor() or platform.machine()}, {args.device}, {torch.get_num_threads()} threads")

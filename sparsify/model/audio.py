@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from sparsify._torchvision import ensure_torchvision
 from sparsify.config import AudioConfig
 from sparsify.data.units import from_units
 from sparsify.errors import ConfigError
-from sparsify.model.masked import MaskedHTSAT, wrap
+from sparsify.model.masked import MaskedHTSAT, rows_normalised, wrap
 from sparsify.model.masking import KeptUnits
 from sparsify.model.plan import UnitPlan
 
@@ -52,11 +51,10 @@ class AudioEncoder(nn.Module):
     def embed(self, mel: Tensor) -> Tensor:
         """Log-mel in dB, in units [B, U, p*p], as patch embeddings [B, side, side, C].
 
-        The batch norm over mel bins uses its running statistics in training too: as a scale and a shift of the image's
-        rows. The statistics of a batch would make a sample depend on its neighbours.
+        The batch norm over mel bins uses its running statistics in training too, as ``rows_normalised`` says.
         """
         image = from_units(mel, self.config.unit, (self.config.units, self.config.units))
-        scale, shift = (x.unsqueeze(1) for x in self._normalisation())
+        scale, shift = (x.unsqueeze(1) for x in rows_normalised(self.htsat))
         image = image.to(scale.dtype) * scale + shift
         side = self.config.spec_size // self.config.patch_size
         return self.htsat.patch_embed(image).view(-1, side, side, self.config.embed_dim)
@@ -65,17 +63,8 @@ class AudioEncoder(nn.Module):
         """Log-mel in dB of kept units as patch embeddings [M * u * u, C]; normalised as ``embed`` says."""
         assert self.masked is not None  # a dense model draws no units
         side = self.config.unit
-        row = kept.plan.unit // kept.plan.grid
-        scale, shift = (x.view(-1, 1, side, 1)[row] for x in self._normalisation())  # [M, 1, p, 1]
-        return self.masked.embed(kept.values.view(-1, 1, side, side).to(scale.dtype) * scale + shift)
-
-    def _normalisation(self) -> tuple[Tensor, Tensor]:
-        """The batch norm as scale and shift of each row of an image: two [spec_size]."""
-        norm = self.htsat.batch_norm
-        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)  # [mel_bins]
-        shift = norm.bias - norm.running_mean * scale
-        runs = self.config.spec_size // self.config.mel_bins
-        return scale.repeat(runs), shift.repeat(runs)
+        mel = kept.values.view(-1, 1, side, side).to(self.htsat.batch_norm.weight.dtype)
+        return self.masked.embed(mel, kept.plan)
 
     def stage(self, index: int, x: Tensor, plan: UnitPlan | None) -> Tensor:
         """Stage ``index``: [B, H, W, C] by transformers' own forward, or with a ``plan`` the packed tokens [N, C] of

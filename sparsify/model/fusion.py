@@ -42,7 +42,7 @@ class FusionLayer(nn.Module):
         self.drop = nn.Dropout(config.dropout)
 
     def forward(
-        self, x: Tensor, word_mask: Tensor, questions: Questions, keys: tuple[Tensor, Tensor], mask: Tensor
+        self, x: Tensor, word_mask: Tensor, questions: Questions, keys: tuple[Tensor, Tensor], mask: Tensor | None
     ) -> Tensor:
         """Words [Q, L, D]; ``keys`` of the V videos' super-tokens and the ``mask`` over them."""
         y = self.word_norm(x)
@@ -98,7 +98,7 @@ class AnswerHead(nn.Module):
         """Logits fp32 [Q, answers] from words [Q, L, D], of which the first stands for the whole question, about
         videos with ``concepts`` [V, 4 * D]."""
         y = self.token_norm(tokens.tokens)
-        mask, word_mask = key_mask(tokens.valid, tokens.size), key_mask(word_valid)
+        mask, word_mask = key_mask(tokens.valid, tokens.size) if tokens.merged else None, key_mask(word_valid)
         asked = concepts[questions.video_index]
         *before, last = self.readings
         for reading, layer in zip(before, self.layers, strict=True):

@@ -4,7 +4,8 @@
 ``ClapAudioEncoder``. They own no parameters and change nothing in what they wrap: state, training mode, gradient
 checkpointing and pretrained weights are the library's. Given the kept units of some images and their ``UnitPlan``,
 they return exactly what the library's forward would for these tokens if no token ever attended to a masked one; masked
-units are not asked for, let alone computed.
+units are not asked for, let alone computed. (HTS-AT's batch norm over mel bins keeps to its running statistics, in
+training too.)
 
 Source: section 3.2 of Diao et al., ACL 2025 (arXiv 2506.01319), on Swin-V2 (arXiv 2111.09883) and HTS-AT (arXiv
 2202.00874).
@@ -25,7 +26,7 @@ from sparsify.errors import ConfigError
 from sparsify.model.plan import Cut, UnitPlan
 from sparsify_kernels import window_attention
 
-__all__ = ["MaskedHTSAT", "MaskedSwinV2", "wrap"]
+__all__ = ["MaskedHTSAT", "MaskedSwinV2", "rows_normalised", "wrap"]
 
 _MAX_LOGIT_SCALE = math.log(100)  # Swin-V2, section 3.2: temperatures are at least 0.01
 
@@ -38,19 +39,27 @@ class _Masked:
     unit_tokens: list[int]  # tokens along one side of a unit, in the blocks of each stage
     cuts: list[list[Cut]]  # of each block of each stage
 
+    @property
+    def needs(self) -> tuple[int, frozenset[Cut]]:
+        """Grid and cuts, all that a plan depends on: encoders that need the same share one, whatever their depths."""
+        return self.grid, frozenset(cut for stage in self.cuts for cut in stage)
+
     def plan(self, image: Tensor, unit: Tensor, images: int) -> UnitPlan:
         """The plan of units ``unit`` of ``image`` (int64 [M] each; images ascending) for this encoder."""
-        return UnitPlan.of(image, unit, images=images, grid=self.grid, cuts={c for stage in self.cuts for c in stage})
+        grid, cuts = self.needs
+        return UnitPlan.of(image, unit, images=images, grid=grid, cuts=cuts)
 
     def __call__(self, units: Tensor, plan: UnitPlan) -> Tensor:
-        """The kept units' pixels [M, channels, unit, unit] through all stages and the last norm: [N, C]."""
-        x = self.embed(units)
+        """The kept units [M, channels, unit, unit], as the library takes them, through all stages and the last norm:
+        [N, C].
+        """
+        x = self.embed(units, plan)
         for stage in range(len(self.cuts)):
             x = self.stage(stage, x, plan)
         return self.finish(x)
 
-    def embed(self, units: Tensor) -> Tensor:
-        """Pixels of kept units, normalised, [M, channels, unit, unit], as patch embeddings [M * u * u, C]."""
+    def embed(self, units: Tensor, plan: UnitPlan) -> Tensor:
+        """Kept units [M, channels, unit, unit] as patch embeddings [M * u * u, C]."""
         x = self.encoder.patch_embed.proj(units).flatten(2).transpose(1, 2)  # [M, u * u, C]
         return self.encoder.patch_embed.norm(x).flatten(0, 1)
 
@@ -114,8 +123,7 @@ class MaskedSwinV2(_Masked):
             before = self.unit_tokens[index - 1]
             x = layer.downsample(x.view(-1, before, before, x.shape[-1])).flatten(0, 2)
         for block, cut in zip(layer.blocks, self.cuts[index], strict=True):
-            again = layer.grad_checkpointing and layer.training
-            x = _perhaps_checkpointed(again, _swin_block, block, x, plan, cut)
+            x = _perhaps_checkpointed(layer.grad_checkpointing, _swin_block, block, x, plan, cut)
         return x
 
 
@@ -143,6 +151,14 @@ class MaskedHTSAT(_Masked):
         cuts = [[self._cut(block, side >> stage) for block in layer.blocks] for stage, layer in enumerate(htsat.layers)]
         self._lay_out("MaskedHTSAT", side, patch[0], unit, cuts)
 
+    def embed(self, units: Tensor, plan: UnitPlan) -> Tensor:
+        """Log-mel of kept units [M, 1, unit, unit] as patch embeddings [M * u * u, C], after the library's batch norm
+        over mel bins, of which each row of an image holds one.
+        """
+        side = units.shape[-1]
+        scale, shift = (x.view(-1, 1, side, 1)[plan.unit // plan.grid] for x in rows_normalised(self.encoder))
+        return super().embed(units * scale + shift, plan)
+
     @staticmethod
     def _cut(block: Any, side: int) -> tuple[int, int]:
         """Window and shift, as the library sets them in its first forward: a grid of one window is not shifted."""
@@ -162,6 +178,18 @@ class MaskedHTSAT(_Masked):
             u = self.unit_tokens[index]
             x = layer.downsample(x.view(-1, u * u, x.shape[-1]), (u, u)).flatten(0, 1)
         return x
+
+
+def rows_normalised(htsat: Any) -> tuple[Tensor, Tensor]:
+    """The batch norm over mel bins as scale and shift of each row of an image: two [spec_size].
+
+    By its running statistics, in training too: those of a batch would make a sample depend on its neighbours.
+    """
+    norm = htsat.batch_norm
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)  # [mel_bins]
+    shift = norm.bias - norm.running_mean * scale
+    runs = htsat.patch_embed.img_size[0] // len(scale)
+    return scale.repeat(runs), shift.repeat(runs)
 
 
 _Wrapper = TypeVar("_Wrapper", bound=_Masked)
@@ -201,12 +229,20 @@ def _htsat_attention(attn: Any, x: Tensor, plan: UnitPlan, cut: Cut) -> Tensor:
     """transformers' ``ClapAudioSelfAttention``: scaled dot products and a table of biases."""
     _refuse_dropout(attn.dropout)
     linears = attn.query, attn.key, attn.value
-    bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
-    qkv = F.linear(x, torch.cat([linear.weight for linear in linears]), bias)
+    if all(map(_is_plain, linears)):
+        bias = None if linears[0].bias is None else torch.cat([linear.bias for linear in linears])
+        qkv = F.linear(x, torch.cat([linear.weight for linear in linears]), bias)
+    else:
+        qkv = torch.cat([linear(x) for linear in linears], dim=-1)
     width = 2 * cut.window - 1
     table = attn.relative_position_bias_table.T.unflatten(1, (width, width))  # [H, 2w - 1, 2w - 1]
     qkv = qkv.unflatten(-1, (3, attn.num_attention_heads, -1))  # [N, 3, H, d]
     return window_attention(qkv, table, plan.windows[cut]).flatten(1)
+
+
+def _is_plain(linear: torch.nn.Module) -> bool:
+    """Whether weight and bias say all of it: no adapter, no quantisation, no hook."""
+    return type(linear) is torch.nn.Linear and not (linear._forward_hooks or linear._forward_pre_hooks)
 
 
 def _dropped(drop_path: Any, x: Tensor, plan: UnitPlan) -> Tensor:

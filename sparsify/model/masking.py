@@ -59,7 +59,7 @@ def _plans(
     frames: _Drawn, mel: _Drawn, pictures: int, segments: int, vision: MaskedSwinV2, audio: MaskedHTSAT
 ) -> tuple[UnitPlan, UnitPlan]:
     """A plan for each modality: the two halves of one where the encoders cut their images alike."""
-    if (vision.grid, vision.cuts) != (audio.grid, audio.cuts):
+    if vision.needs != audio.needs:
         return vision.plan(frames.image, frames.unit, pictures), audio.plan(mel.image, mel.unit, segments)
     image, unit = torch.cat([frames.image, mel.image + pictures]), torch.cat([frames.unit, mel.unit])
     return vision.plan(image, unit, pictures + segments).split(pictures, len(frames.unit))
@@ -107,7 +107,7 @@ def _columns(config: AudioConfig, segment_seconds: float, device: torch.device) 
     grid, rows = config.units, config.mel_bins // config.unit
     unit = torch.arange(grid * grid, device=device).view(-1, rows, grid).transpose(1, 2)  # [runs, grid, rows]
     columns = unit.flatten(0, 1)
-    return audio_offsets(config, grid, segment_seconds).to(device)[columns[:, 0]], columns
+    return audio_offsets(config, grid, segment_seconds, device)[columns[:, 0]], columns
 
 
 def _taken(x: Tensor, number: Tensor, groups: int) -> _Drawn:

@@ -117,7 +117,7 @@ class SparsifyModel(nn.Module):
         seconds = torch.cat(
             [visual_time.gather(1, visual_out.position), audio_time.gather(1, audio_out.position)], dim=1
         )
-        mask = key_mask(valid, size)
+        mask = key_mask(valid, size) if self.merging.enabled else None
         for layer in self.mixer:
             tokens = layer(tokens, mask)
         return SuperTokens(tokens, size, valid, seconds * valid, visual_out, audio_out)
@@ -165,8 +165,11 @@ class SparsifyModel(nn.Module):
 
     def _audio_time(self, video: Video, side: int) -> Tensor:
         """Seconds of every audio token on a ``side`` x ``side`` grid: [V, S, side * side]."""
-        offsets = audio_offsets(self.config.audio, side, self.config.clip.segment_seconds).to(video.segment_time)
-        return video.segment_time.unsqueeze(-1) + offsets
+        return video.segment_time.unsqueeze(-1) + self._audio_offsets(side, video)
+
+    def _audio_offsets(self, side: int, video: Video) -> Tensor:
+        starts = video.segment_time
+        return audio_offsets(self.config.audio, side, self.config.clip.segment_seconds, starts.device).to(starts.dtype)
 
     def _time_features(self, seconds: Tensor, video: Video) -> Tensor:
         return time_features(seconds, video.duration).to(self.visual_tokens.row.dtype)
@@ -176,7 +179,7 @@ class SparsifyModel(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Tokens after ``stage``, dense or packed, after reading each other: [V, groups, tokens, C] for the adapter."""
         videos, frames, segments = len(video.frames), video.frame_time, video.segment_time
-        offsets = audio_offsets(self.config.audio, self.audio.side(stage), self.config.clip.segment_seconds).to(frames)
+        offsets = self._audio_offsets(self.audio.side(stage), video)
         if kept_v is None or kept_a is None:
             groups = frames.shape[1], segments.shape[1]
             seconds = frames.unsqueeze(-1), segments.unsqueeze(-1) + offsets  # [V, T, 1], [V, S, m]

@@ -36,6 +36,11 @@ class SuperTokens(NamedTuple):
     visual: ModalityTokens
     audio: ModalityTokens
 
+    @property
+    def merged(self) -> bool:
+        """Whether a token may stand for several, and slots may be empty."""
+        return self.visual.scores is not None
+
 
 class TrainingLogits(NamedTuple):
     """What a training step needs of Q questions about the V videos of its batch."""

@@ -29,15 +29,15 @@ def time_features(seconds: Tensor, duration: Tensor) -> Tensor:
     return torch.cat([angle.sin(), angle.cos(), share.unsqueeze(-1)], dim=-1)
 
 
-def audio_offsets(config: AudioConfig, side: int, segment_seconds: float) -> Tensor:
-    """Seconds from the start of a segment to the middle of each token of a square grid: fp32 [side * side].
+def audio_offsets(config: AudioConfig, side: int, segment_seconds: float, device: torch.device) -> Tensor:
+    """Seconds from a segment's start to the middle of each token of a square grid: fp32 [side * side] on ``device``.
 
     A token at ``row`` lies in run ``row * px // mel_bins`` of the fold (px: pixels of a token's side) and the image's
     columns are time within that run. Tokens taller than a run take the middle of the runs they span.
     """
     px = config.spec_size // side
     runs = config.spec_size // config.mel_bins
-    pixels = torch.arange(config.spec_size)
+    pixels = torch.arange(config.spec_size, device=device)
     run = (pixels // config.mel_bins).view(side, px).float().mean(1)  # [side]
     column = (pixels.view(side, px).float().mean(1) + 0.5) / config.spec_size  # [side], in [0, 1)
     return ((run[:, None] + column) * (segment_seconds / runs)).flatten()

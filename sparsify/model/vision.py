@@ -57,7 +57,7 @@ class VisionEncoder(nn.Module):
         """Pixels of kept units as patch embeddings [M * u * u, C]."""
         pixels = kept.values.unflatten(1, (3, self.config.unit, self.config.unit)).to(self.scale.dtype)
         assert self.masked is not None  # a dense model draws no units
-        return self.masked.embed(torch.addcmul(self.shift, pixels, self.scale))
+        return self.masked.embed(torch.addcmul(self.shift, pixels, self.scale), kept.plan)
 
     def stage(self, index: int, x: Tensor, plan: UnitPlan | None) -> Tensor:
         """Stage ``index``: [B, H, W, C] by timm's own forward, or with a ``plan`` the packed tokens [N, C] of kept

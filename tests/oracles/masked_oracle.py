@@ -71,18 +71,27 @@ def swin_oracle(swin: Any, images: Tensor, kept: Tensor) -> Tensor:
 
 
 def htsat_oracle(htsat: Any, images: Tensor, kept: Tensor) -> Tensor:
-    """transformers' patch embedding, stages and norm of log-mel images [B, 1, H, W] after the batch norm: the last
-    grid of tokens [B, side, side, C].
+    """transformers' batch norm (as in evaluation), patch embedding, stages and norm of folded log-mel images
+    [B, 1, H, W]: the last grid of tokens [B, side, side, C].
     """
     attentions, side = [], htsat.patch_embed.grid_size[0]
     for stage, layer in enumerate(htsat.layers):
         attentions += attentions_of(layer, side >> stage)
     with blind_to(attentions, kept):
-        x = htsat.patch_embed(images)
+        x = htsat.patch_embed(_normalised(htsat.batch_norm, images))
         for stage, layer in enumerate(htsat.layers):
             x = layer(x, (side >> stage, side >> stage))[0]
     last = side >> len(htsat.layers) - 1
     return htsat.norm(x).unflatten(1, (last, last))
+
+
+def _normalised(norm: nn.BatchNorm2d, images: Tensor) -> Tensor:
+    """By the module's own forward: unfolded, images have mel bins for channels."""
+    training = norm.training
+    runs = images.squeeze(1).unflatten(1, (-1, norm.num_features)).transpose(1, 2)  # [B, mel_bins, runs, W]
+    x = norm.eval()(runs)
+    norm.train(training)
+    return x.transpose(1, 2).flatten(1, 2).unsqueeze(1)
 
 
 def kept_tokens(grid: Tensor, kept: Tensor) -> Tensor:

@@ -137,6 +137,7 @@ class TestOptions:
 RANGES = {
     "mask.keep": [0, 1.1, -0.5],
     "mask.schedule": [[0.5, 0]],
+    "mask.kind": ["frame"],
     "merge.fence": [-0.1],
     "merge.capacity": [0, 1.5],
     "select.skip": [-0.1, 1],

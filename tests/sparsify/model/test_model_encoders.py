@@ -92,6 +92,27 @@ def test_a_dense_encoder_calls_what_timm_calls_in_its_order(tiny):
     assert patches.count("aten::convolution") == 1
 
 
+def test_a_dense_encoder_calls_what_transformers_calls_in_its_order(tiny):
+    encoder = AudioEncoder(tiny().audio, dense=True)
+    assert encoder.masked is None
+    htsat = encoder.htsat
+    x = htsat.patch_embed(torch.randn(4, 1, 64, 64))
+    with RecordedOps() as theirs:
+        expected = x
+        for layer, resolution in zip(htsat.layers, htsat.input_resolutions, strict=True):
+            expected = layer(expected, resolution)[0]
+        expected = htsat.norm(expected)
+    x = x.view(4, 16, 16, -1)
+    with RecordedOps() as ours:
+        for stage in range(3):
+            x = encoder.stage(stage, x, None)
+        x = encoder.finish(x)
+    assert torch.equal(x.flatten(1, 2), expected)
+    shapes = {"aten::view", "aten::_unsafe_view", "aten::alias"}
+    assert [n for n in ours.names if n not in shapes] == [n for n in theirs.names if n not in shapes]
+    assert theirs.names.count("aten::_softmax") == 5
+
+
 @pytest.mark.parametrize("name", ["vision", "audio"])
 def test_counted_operations_by_hand(tiny, name):
     """Linear layers over kept tokens, and the pairs that share a window, counted from a picture of one mask."""

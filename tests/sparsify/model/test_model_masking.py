@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sparsify.model.audio import AudioEncoder
 from sparsify.model.masking import draw_units
+from sparsify.model.plan import UnitPlan
 from sparsify.model.vision import VisionEncoder
 
 
@@ -59,6 +63,48 @@ def test_encoders_of_different_geometry_have_a_plan_each(tiny, make_model, make_
     assert make_model(config)(video, questions, masking).isfinite().all()
 
 
+@pytest.mark.parametrize("kind", ["unit", "time"])
+def test_one_plan_serves_both_encoders_whatever_their_depths(tiny, make_model, make_batch, monkeypatch, kind):
+    config = tiny(audio__depths=[2, 4, 2], vision__depths=[2, 2, 2], mask__kind=kind)
+    model, (video, _, masking) = make_model(config), make_batch(config)
+    made = []
+    real = UnitPlan.of
+    monkeypatch.setattr(UnitPlan, "of", lambda *args, **kwargs: made.append(real(*args, **kwargs)) or made[-1])
+    model.encode(video, masking)
+    assert len(made) == 1
+    assert made[0].images == 3 * (2 + 2)
+    made.clear()
+    other = tiny(audio__window_size=2, mask__kind=kind)
+    make_model(other).encode(*make_batch(other)[::2])
+    assert len(made) == 2
+
+
+class OnOneDevice(TorchDispatchMode):
+    """Notes what is made on a CPU, and what is copied between devices: on a GPU the host would wait."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.strangers: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if any(x.device.type == "cpu" for x in tree_leaves((args, kwargs, out)) if isinstance(x, Tensor)):
+            self.strangers.append(func.name())
+        return out
+
+
+@pytest.mark.parametrize("kind", ["unit", "time"])
+def test_masks_plans_and_times_are_made_on_the_device_without_waiting_for_it(tiny, make_model, make_batch, kind):
+    """All of ``encode`` on the device "meta", whose tensors have no values to wait for."""
+    config = tiny(mask__kind=kind, merge__fence=0.0)
+    model, (video, _, masking) = make_model(config).to("meta"), make_batch(config)
+    video, masking = (type(x)(*(y.to("meta") if isinstance(y, Tensor) else y for y in x)) for x in (video, masking))
+    with OnOneDevice() as seen:
+        out = model.encode(video, masking)
+    assert out.tokens.device.type == "meta"
+    assert seen.strangers == []
+
+
 def time_config(tiny):
     """Four frames of 1 s; two segments of 2 s in two runs of 1 s each, of two columns: eight columns of 0.5 s."""
     return tiny(mask__kind="time", clip__frames=4, audio__unit=32, vision__unit=32)
@@ -101,7 +147,7 @@ def test_time_takes_whole_columns_and_the_nearest(tiny, make_batch):
 
 
 def test_time_mask_encodes_the_kept_seconds(tiny, make_model, make_batch):
-    """The same tokens as a plan made by hand gives, with their times; nothing of the other seconds matters."""
+    """As many tokens, and in their order; nothing of the other seconds matters."""
     config = time_config(tiny)
     model = make_model(config)
     video, questions, masking = time_batch(make_batch, config, dtype=torch.float32)
@@ -118,8 +164,9 @@ def test_time_mask_encodes_the_kept_seconds(tiny, make_model, make_batch):
 
 
 @pytest.mark.parametrize("unit", [16, 32])
-def test_masked_path_with_everything_kept_is_the_unmasked_one(tiny, make_model, make_batch, unit):
-    config = tiny(vision__unit=unit, audio__unit=unit)
+@pytest.mark.parametrize("kind", ["unit", "time"])
+def test_masked_path_with_everything_kept_is_the_unmasked_one(tiny, make_model, make_batch, kind, unit):
+    config = tiny(vision__unit=unit, audio__unit=unit, mask__kind=kind)
     model = make_model(config).double()
     video, questions, masking = make_batch(config, keep=1.0)
     masked, plain = model.encode(video, masking), model.encode(video)

@@ -70,12 +70,14 @@ def calls(profiled: Any) -> list[Traced]:
 
 
 @NEEDS_CPP
-def test_a_training_step_is_made_of_our_ops(calls: list[Traced]) -> None:
-    """Each modality is masked, scored and merged once; the frozen choices have no backward."""
+def test_a_training_step_is_made_of_our_ops(calls: list[Traced], tiny: Callable[..., Config]) -> None:
+    """Each modality is masked, scored and merged once, each block attends in its windows; choices have no backward."""
     count = Counter(call.kernel for call in calls)
     for op in ("attention_scores", "key_tokens", "merge_tokens"):
         assert count[op] == 2, count
-    assert count["random_mask"] >= 2, count
+    assert count["random_mask"] == 2, count
+    blocks = sum(sum(config.depths) for config in (tiny().vision, tiny().audio))
+    assert count["window_attention"] == count["window_attention_backward"] == blocks, count
     assert count["attention_scores_backward"] == count["merge_tokens_backward"] == 2, count
 
 

@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from sparsify.batch import Questions, Video
 from sparsify.config import Config
+from sparsify.model.adapters import CrossModalAdapter
 from sparsify.model.fusion import pack_questions, unpack_questions
+from sparsify.model.time import TIME_FEATURES
 
 
 def take(x, index):
@@ -135,15 +138,52 @@ def test_dense_contains_no_op_of_ours_and_sparse_does(tiny, make_model, make_bat
     assert "sparsify_kernels" not in seen[True]
 
 
-def test_gates_start_closed(tiny, make_model, make_batch):
-    """A new model's encoders do not disturb each other: other sound, same visual tokens."""
-    config = tiny(dense=True)
-    model = make_model(config, randomised=False)
-    video, _, _ = make_batch(config)
-    other = make_batch(config, seed=1)[0]
-    a, b = model.encode(video), model.encode(video._replace(mel=other.mel))
-    assert torch.equal(a.visual.tokens, b.visual.tokens)
-    assert not torch.allclose(a.audio.tokens, b.audio.tokens)
+@pytest.mark.parametrize("dense", [True, False])
+def test_dense_attends_without_a_mask_and_merged_tokens_with_one(tiny, make_model, make_batch, monkeypatch, dense):
+    """A mask of zeros would be one as well: it keeps a GPU from the kernel that knows none."""
+    config = tiny(dense=dense, merge__fence=0.0)
+    video, questions, _ = make_batch(config)
+    model = make_model(config).train()
+    masks, real = [], torch.nn.functional.scaled_dot_product_attention
+
+    def attend(q, k, v, mask=None, **kwargs):
+        masks.append((k.shape[-2], mask is not None))
+        return real(q, k, v, mask, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", attend)
+    tokens = model.encode(video)
+    model.answer(tokens, questions)
+    over_tokens = [masked for keys, masked in masks if keys == tokens.tokens.shape[1]]
+    assert over_tokens == 2 * [not dense]  # the mixer, and the words of a question
+
+
+@pytest.mark.parametrize("masked", [True, False])
+@pytest.mark.parametrize("changed", ["frames", "mel"])
+def test_gates_start_closed(tiny, make_model, make_batch, changed, masked):
+    """A new model's encoders do not disturb each other: other sound, same visual tokens, and the other way round."""
+    config = tiny(merge__enabled=False)
+    video, _, masking = make_batch(config)
+    other = video._replace(**{changed: getattr(make_batch(config, seed=1)[0], changed)})
+    for randomised in (False, True):
+        model = make_model(config, randomised=randomised)
+        a, b = (model.encode(x, masking if masked else None) for x in (video, other))
+        own, others = ("visual", "audio") if changed == "mel" else ("audio", "visual")
+        assert torch.equal(getattr(a, own).tokens, getattr(b, own).tokens) != randomised
+        assert not torch.allclose(getattr(a, others).tokens, getattr(b, others).tokens)
+
+
+def test_adapters_cost_as_much_again_for_twice_the_tokens():
+    adapter = CrossModalAdapter(8, 16, latents=4, width=32)
+
+    def flop(frames: int) -> int:
+        times = torch.zeros(1, frames, 1, TIME_FEATURES), torch.zeros(1, frames, 1, TIME_FEATURES)
+        with FlopCounterMode(display=False) as counter:
+            adapter(torch.zeros(1, frames, 10, 8), torch.zeros(1, frames, 20, 16), *times)
+        return counter.get_total_flops()
+
+    once, twice, four = flop(4), flop(8), flop(16)
+    assert four - twice == 2 * (twice - once)
+    assert twice - once > 0.9 * once, "what does not grow with the tokens is small"
 
 
 @pytest.mark.parametrize("change", [{}, {"dense": True}])

@@ -9,6 +9,7 @@ import torch
 from masked_oracle import attentions_of, blind_to, kept_tokens
 from torch import Tensor
 
+from sparsify.model.masking import draw_units
 from sparsify_kernels import random_mask
 
 
@@ -24,7 +25,7 @@ def in_oracle_form(monkeypatch, encoder, units: Tensor, kept: Tensor) -> None:
         blocks = torch.full((count, grid, grid, u, u, x.shape[-1]), 3.0, dtype=x.dtype)  # no masked token is read
         blocks[kept] = x.view(-1, u, u, x.shape[-1])
         image = blocks.transpose(2, 3).reshape(count, grid * u, grid * u, -1)
-        side = encoder.masked.grid * (encoder.config.unit // encoder.config.patch_size) >> index
+        side = encoder.config.units * (encoder.config.unit // encoder.config.patch_size) >> index
         with blind_to(attentions_of(layers[index], side), kept):
             return kept_tokens(library(index, image, None), kept)
 
@@ -42,12 +43,20 @@ def drawn(images: Tensor, seed: Tensor, keep: float, stratified: bool) -> Tensor
 
 
 @pytest.mark.parametrize(
-    ("keep", "stratified", "unit"), [(0.5, True, 16), (0.25, True, 16), (0.6, False, 16), (0.5, True, 32)]
+    ("kind", "keep", "stratified", "unit"),
+    [
+        ("unit", 0.5, True, 16),
+        ("unit", 0.25, True, 16),
+        ("unit", 0.6, False, 16),
+        ("unit", 0.5, True, 32),
+        ("time", 0.5, False, 16),
+        ("time", 0.5, False, 32),
+    ],
 )
 def test_answers_and_gradients_are_those_of_the_oracle(
-    tiny, make_model, make_batch, monkeypatch, keep, stratified, unit
+    tiny, make_model, make_batch, monkeypatch, kind, keep, stratified, unit
 ):
-    config = tiny(vision__unit=unit, audio__unit=unit, mask__stratified=stratified)
+    config = tiny(vision__unit=unit, audio__unit=unit, mask__stratified=stratified, mask__kind=kind)
     model = make_model(config).double().train()
     video, questions, masking = make_batch(config, keep=keep)
 
@@ -58,12 +67,18 @@ def test_answers_and_gradients_are_those_of_the_oracle(
         return logits.detach(), [x for x in gradients if x is not None], tokens.tokens.detach()
 
     logits, gradients, tokens = run()
-    for encoder, x, seed in (
-        (model.vision, video.frames, masking.frame_seed),
-        (model.audio, video.mel, masking.mel_seed),
+    draws = draw_units(video, masking, config, model.vision.masked, model.audio.masked)
+    for encoder, x, seed, draw in (
+        (model.vision, video.frames, masking.frame_seed, draws[0]),
+        (model.audio, video.mel, masking.mel_seed, draws[1]),
     ):
-        images = x.flatten(0, 1)
-        in_oracle_form(monkeypatch, encoder, images, drawn(images, seed, keep, stratified))
+        images, grid = x.flatten(0, 1), encoder.config.units
+        if kind == "unit":
+            kept = drawn(images, seed, keep, stratified)
+        else:  # which seconds are drawn is tested elsewhere
+            kept = torch.zeros(len(images), grid, grid, dtype=torch.bool)
+            kept[draw.plan.image, draw.plan.unit // grid, draw.plan.unit % grid] = True
+        in_oracle_form(monkeypatch, encoder, images, kept)
     logits2, gradients2, tokens2 = run()
     torch.testing.assert_close(tokens, tokens2, rtol=1e-10, atol=1e-10)
     torch.testing.assert_close(logits, logits2, rtol=1e-6, atol=1e-6)  # fp32
