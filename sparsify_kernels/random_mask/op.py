@@ -78,7 +78,8 @@ def random_mask(
 def _grid_width(args: Arguments, keep: float, grid: tuple[int, int] | None, stratified: bool) -> int:
     """Columns of the grid of a stratified mask, 0 for any other."""
     if grid is not None:
-        if not isinstance(grid, (tuple, list)) or len(grid) != 2:
+        pair = isinstance(grid, (tuple, list)) and len(grid) == 2
+        if not pair or any(isinstance(n, bool) or not isinstance(n, (int, torch.SymInt)) for n in grid):
             raise TypeError(f"random_mask: grid must be (rows, columns), got {describe(grid)}")
         rows, cols = grid
         fits = rows > 0 and cols > 0 and rows * cols == args.sizes["U"]

@@ -27,6 +27,7 @@ from sparsify_kernels.testing.asserts import (
     assert_assignment,
     assert_compiles,
     assert_same,
+    compiled_anew,
 )
 from sparsify_kernels.testing.eager import attention_scores_eager, merge_tokens_eager, window_attention_eager
 from sparsify_kernels.testing.inputs import (
@@ -89,6 +90,7 @@ __all__ = [
     "attention_inputs",
     "attention_scores_eager",
     "attention_scores_oracle",
+    "compiled_anew",
     "gather_tokens_oracle",
     "guarded",
     "guarded_memory",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["assert_accurate", "assert_alone", "assert_assignment", "assert_compiles", "assert_same"]
+__all__ = ["assert_accurate", "assert_alone", "assert_assignment", "assert_compiles", "assert_same", "compiled_anew"]
 
 
 def assert_accurate(ours: Tensor, *, eager: Tensor, truth: Tensor, factor: float = 2.0, what: str = "result") -> None:
@@ -92,6 +92,14 @@ def assert_assignment(
         own = assign[b].cpu()[key.cpu()]
         if not torch.equal(own, torch.arange(len(key))):
             raise AssertionError(f"sample {b}: a key did not join itself")
+
+
+def compiled_anew(call: Callable[..., Any]) -> Callable[..., Any]:
+    """``call`` under ``torch.compile``, as if nothing had been compiled before: for errors that it has to raise, which
+    ``fullgraph=True`` would wrap in one of its own.
+    """
+    torch._dynamo.reset()
+    return torch.compile(call, backend="eager")
 
 
 def assert_compiles(

@@ -17,6 +17,7 @@ from sparsify_kernels.testing import (
     assert_compiles,
     attention_inputs,
     attention_scores_eager,
+    compiled_anew,
     relayout,
 )
 
@@ -150,19 +151,30 @@ ERRORS = [
     (ValueError, {"q": torch.zeros(2, 4, 8)}, "q must be float32 or bfloat16 or float16 or float64 [B, H, M, d], got float32 [2, 4, 8]"),
     (ValueError, {"q": torch.zeros(2, 0, 4, 8)}, "q must be [B, H, M, d] with H >= 1 and d >= 1, got float32 [2, 0, 4, 8]"),
     (ValueError, {"q": torch.zeros(2, 3, 4, 0)}, "q must be [B, H, M, d] with H >= 1 and d >= 1, got float32 [2, 3, 4, 0]"),
+    (ValueError, {"k": torch.zeros(2, 5, 8)}, "k must be float32 or bfloat16 or float16 or float64 [B, H, N, d], got float32 [2, 5, 8]"),
     (ValueError, {"k": torch.zeros(2, 3, 5, 7)}, "k must be float32 or bfloat16 or float16 or float64 [B, H, N, d] with d = 8, got float32 [2, 3, 5, 7]"),
     (ValueError, {"k": torch.zeros(1, 3, 5, 8)}, "k must be float32 or bfloat16 or float16 or float64 [B, H, N, d] with B = 2, got float32 [1, 3, 5, 8]"),
     (TypeError, {"k": torch.zeros(2, 3, 5, 8, dtype=torch.float64)}, "k must be float32 like q, got float64 [2, 3, 5, 8]"),
     (ValueError, {"k": torch.zeros(2, 3, 5, 8, device="meta")}, "k must be on cpu like q, got meta"),
     (ValueError, {"v": torch.zeros(2, 3, 4, 6)}, "v must be float32 or bfloat16 or float16 or float64 [B, H, N, dv] with N = 5, got float32 [2, 3, 4, 6]"),
+    (ValueError, {"v": torch.zeros(2, 3, 5)}, "v must be float32 or bfloat16 or float16 or float64 [B, H, N, dv], got float32 [2, 3, 5]"),
+    (ValueError, {"v": torch.zeros(2, 3, 5, 6, device="meta")}, "v must be on cpu like q, got meta"),
     (TypeError, {"v": torch.zeros(2, 3, 5, 6).bfloat16()}, "v must be float32 like q, got bfloat16 [2, 3, 5, 6]"),
     (ValueError, {"key_bias": torch.zeros(2, 4)}, "key_bias must be float32 or bfloat16 or float16 or float64 [B, N] with N = 5, got float32 [2, 4]"),
+    (ValueError, {"key_bias": torch.zeros(5)}, "key_bias must be float32 or bfloat16 or float16 or float64 [B, N], got float32 [5]"),
+    (ValueError, {"key_bias": torch.zeros(2, 5, device="meta")}, "key_bias must be on cpu like q, got meta"),
     (TypeError, {"key_bias": torch.zeros(2, 5).long()}, "key_bias must be float32 or bfloat16 or float16 or float64 [B, N], got int64 [2, 5]"),
     (TypeError, {"query_valid": torch.zeros(2, 4)}, "query_valid must be bool [B, M], got float32 [2, 4]"),
     (ValueError, {"query_valid": torch.zeros(2, 5).bool()}, "query_valid must be bool [B, M] with M = 4, got bool [2, 5]"),
+    (ValueError, {"query_valid": torch.zeros(4).bool()}, "query_valid must be bool [B, M], got bool [4]"),
+    (ValueError, {"query_valid": torch.zeros(2, 4, device="meta").bool()}, "query_valid must be on cpu like q, got meta"),
+    (ValueError, {"key_valid": torch.zeros(5).bool()}, "key_valid must be bool [B, N], got bool [5]"),
+    (ValueError, {"key_valid": torch.zeros(2, 5, device="meta").bool()}, "key_valid must be on cpu like q, got meta"),
     (TypeError, {"key_valid": torch.zeros(2, 5)}, "key_valid must be bool [B, N], got float32 [2, 5]"),
     (ValueError, {"key_valid": torch.zeros(2, 4).bool()}, "key_valid must be bool [B, N] with N = 5, got bool [2, 4]"),
     (TypeError, {"scale": "1"}, "scale must be a float or None, got '1'"),
+    (TypeError, {"scale": True}, "scale must be a float or None, got True"),
+    (TypeError, {"scale": torch.tensor(1.0)}, "scale must be a float or None, got float32 []"),
     (ValueError, {"scale": float("nan")}, "scale must be finite, got nan"),
     (ValueError, {"scale": float("inf")}, "scale must be finite, got inf"),
 ]  # fmt: skip
@@ -171,9 +183,13 @@ ERRORS = [
 @pytest.mark.parametrize(
     ("error", "changes", "message"), ERRORS, ids=lambda value: value if isinstance(value, str) else ""
 )
-def test_errors_name_the_argument(error: type[Exception], changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(error) as caught:
-        attention_scores(**tensors(**changes))
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_errors_name_the_argument(
+    error: type[Exception], changes: dict[str, Any], message: str, compiled: bool
+) -> None:
+    op = compiled_anew(attention_scores) if compiled else attention_scores
+    with pytest.raises((error, RuntimeError) if compiled else error) as caught:
+        op(**tensors(**changes))
     assert str(caught.value) == f"attention_scores: {message}"
 
 

@@ -12,7 +12,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from sparsify_kernels import KeyTokens, gather_tokens, key_tokens
-from sparsify_kernels.testing import KeyShape, assert_compiles, relayout, score_inputs
+from sparsify_kernels.testing import KeyShape, assert_compiles, compiled_anew, relayout, score_inputs
 
 OP = torch.ops.sparsify_kernels.key_tokens.default
 GATHER = torch.ops.sparsify_kernels.key_tokens_gather.default
@@ -92,6 +92,7 @@ ERRORS = [
     (TypeError, {"capacity": True}, "capacity must be an int or None, got True"),
     (ValueError, {"capacity": 0}, "capacity must be >= 1, got 0"),
     (TypeError, {"valid": torch.zeros(2, 5)}, "valid must be bool [B, N], got float32 [2, 5]"),
+    (ValueError, {"valid": torch.zeros(5).bool()}, "valid must be bool [B, N], got bool [5]"),
     (ValueError, {"valid": torch.zeros(2, 4).bool()}, "valid must be bool [B, N] with N = 5, got bool [2, 4]"),
     (ValueError, {"valid": torch.zeros(2, 5, device="meta").bool()}, "valid must be on cpu like scores, got meta"),
 ]
@@ -100,9 +101,13 @@ ERRORS = [
 @pytest.mark.parametrize(
     ("error", "changes", "message"), ERRORS, ids=lambda value: value if isinstance(value, str) else ""
 )
-def test_errors_name_the_argument(error: type[Exception], changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(error) as caught:
-        key_tokens(**inputs(**changes))
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_errors_name_the_argument(
+    error: type[Exception], changes: dict[str, Any], message: str, compiled: bool
+) -> None:
+    op = compiled_anew(key_tokens) if compiled else key_tokens
+    with pytest.raises((error, RuntimeError) if compiled else error) as caught:
+        op(**inputs(**changes))
     assert str(caught.value) == f"key_tokens: {message}"
 
 
@@ -112,6 +117,7 @@ GATHER_ERRORS = [
     (TypeError, torch.zeros(2, 5, 1), torch.zeros(2, 3), "index must be int64 [B, K], got float32 [2, 3]"),
     (TypeError, torch.zeros(2, 5, 1), torch.zeros(2, 3).int(), "index must be int64 [B, K], got int32 [2, 3]"),
     (ValueError, torch.zeros(2, 5, 1), torch.zeros(3).long(), "index must be int64 [B, K], got int64 [3]"),
+    (ValueError, torch.zeros(2, 5, 1), torch.zeros(2, 3, device="meta").long(), "index must be on cpu like x, got meta"),
     (ValueError, torch.zeros(2, 5, 1), torch.zeros(3, 3).long(), "index must be int64 [B, K] with B = 2, got int64 [3, 3]"),
     (ValueError, torch.zeros(2, 5, 1), torch.tensor([[0, 5], [0, 0]]), "index must be in [-1, 5), got 5 at [0, 1]"),
     (ValueError, torch.zeros(2, 5, 1), torch.tensor([[0, 4], [-2, 0]]), "index must be in [-1, 5), got -2 at [1, 0]"),

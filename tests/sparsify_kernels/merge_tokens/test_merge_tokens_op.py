@@ -17,6 +17,7 @@ from sparsify_kernels.testing import (
     MergeShape,
     assert_accurate,
     assert_compiles,
+    compiled_anew,
     merge_inputs,
     merge_tokens_eager,
     relayout,
@@ -163,17 +164,26 @@ ERRORS = [
     (TypeError, {"x": torch.zeros(2, 5, 3).int()}, f"x must be {FLOATS} [B, N, D], got int32 [2, 5, 3]"),
     (ValueError, {"x": torch.zeros(5, 3)}, f"x must be {FLOATS} [B, N, D], got float32 [5, 3]"),
     (TypeError, {"metric": torch.zeros(2, 5, 4).int()}, f"metric must be {FLOATS} [B, N, d], got int32 [2, 5, 4]"),
+    (ValueError, {"metric": torch.zeros(2, 5)}, f"metric must be {FLOATS} [B, N, d], got float32 [2, 5]"),
     (ValueError, {"metric": torch.zeros(2, 6, 4)}, f"metric must be {FLOATS} [B, N, d] with N = 5, got float32 [2, 6, 4]"),
     (ValueError, {"metric": torch.zeros(2, 5, 4, device="meta")}, "metric must be on cpu like x, got meta"),
     (TypeError, {"keys": torch.zeros(2, 2)}, "keys must be KeyTokens(index, count), got float32 [2, 2]"),
     (TypeError, {"keys": keys_of([[0] * 7] * 2, [2, 2], torch.int32)}, "keys.index must be int64 [B, K], got int32 [2, 7]"),
+    (ValueError, {"keys": keys_of([0, 1], [2, 2])}, "keys.index must be int64 [B, K], got int64 [2]"),
+    (ValueError, {"keys": KeyTokens(torch.zeros(2, 2, device="meta").long(), torch.zeros(2).long())}, "keys.index must be on cpu like x, got meta"),
+    (ValueError, {"keys": KeyTokens(torch.zeros(2, 2).long(), torch.zeros(2, device="meta").long())}, "keys.count must be on cpu like x, got meta"),
+    (ValueError, {"keys": keys_of([[0, 1]] * 2, [2, 2, 2])}, "keys.count must be int64 [B] with B = 2, got int64 [3]"),
     (ValueError, {"keys": keys_of([[0, 1]], [2, 2])}, "keys.index must be int64 [B, K] with B = 2, got int64 [1, 2]"),
     (ValueError, {"keys": keys_of([[], []], [0, 0])}, "keys.index must be int64 [B, K] with K >= 1, got int64 [2, 0]"),
     (ValueError, {"keys": keys_of([[0, 1]] * 2, [[2], [2]])}, "keys.count must be int64 [B], got int64 [2, 1]"),
     (TypeError, {"keys": keys_of([[0, 1]] * 2, [2.0, 2.0])}, "keys.count must be int64 [B], got float32 [2]"),
     (ValueError, {"weight": torch.zeros(2, 4)}, f"weight must be {FLOATS} [B, N] with N = 5, got float32 [2, 4]"),
+    (ValueError, {"weight": torch.zeros(5)}, f"weight must be {FLOATS} [B, N], got float32 [5]"),
+    (ValueError, {"weight": torch.zeros(2, 5, device="meta")}, "weight must be on cpu like x, got meta"),
     (TypeError, {"weight": torch.zeros(2, 5).int()}, f"weight must be {FLOATS} [B, N], got int32 [2, 5]"),
     (TypeError, {"valid": torch.zeros(2, 5)}, "valid must be bool [B, N], got float32 [2, 5]"),
+    (ValueError, {"valid": torch.zeros(5).bool()}, "valid must be bool [B, N], got bool [5]"),
+    (ValueError, {"valid": torch.zeros(2, 5, device="meta").bool()}, "valid must be on cpu like x, got meta"),
     (ValueError, {"valid": torch.zeros(2, 4).bool()}, "valid must be bool [B, N] with N = 5, got bool [2, 4]"),
     # values
     (ValueError, {"keys": keys_of([[0, 3], [1, 5]], [2, 2])}, "keys.index must be in [0, 5) below keys.count, got 5 at [1, 1]"),
@@ -184,15 +194,20 @@ ERRORS = [
     (ValueError, {"valid": torch.tensor([[T, T, T, F, T] for T, F in [(True, False)]] * 2)}, "keys.index must name valid tokens below keys.count, got 3 at [0, 1]"),
     (ValueError, {"weight": torch.tensor([[1.0] * 5, [1, 1, -0.5, 1, 1]])}, "weight must be finite and >= 0 at valid tokens, got -0.5 at [1, 2]"),
     (ValueError, {"weight": torch.tensor([[1.0] * 5, [1, 1, math.nan, 1, 1]])}, "weight must be finite and >= 0 at valid tokens, got nan at [1, 2]"),
+    (ValueError, {"weight": torch.tensor([[1.0] * 5, [1, 1, math.inf, 1, 1]])}, "weight must be finite and >= 0 at valid tokens, got inf at [1, 2]"),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("error", "changes", "message"), ERRORS, ids=lambda value: value if isinstance(value, str) else ""
 )
-def test_errors_name_the_argument(error: type[Exception], changes: dict[str, Any], message: str) -> None:
-    with pytest.raises(error) as caught:
-        merge_tokens(**arguments(**changes))
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_errors_name_the_argument(
+    error: type[Exception], changes: dict[str, Any], message: str, compiled: bool
+) -> None:
+    op = compiled_anew(merge_tokens) if compiled else merge_tokens
+    with pytest.raises((error, RuntimeError) if compiled else error) as caught:
+        op(**arguments(**changes))
     assert str(caught.value) == f"merge_tokens: {message}"
 
 

@@ -14,7 +14,7 @@ import torch
 
 from sparsify_kernels import attention_scores, gather_tokens, key_tokens, merge_tokens, random_mask
 from sparsify_kernels.nn import AdaptiveSparseMerging, SparseMasking, SparseTokens, unmerge
-from sparsify_kernels.testing import assert_alone, assert_compiles, assert_same
+from sparsify_kernels.testing import assert_alone, assert_compiles, assert_same, compiled_anew
 
 # Tokens 0, 1, 2 look one way, 3, 4, 5 another; 2 and 3 are the longest and receive the most.
 X = torch.tensor([[[1.0, 0], [2, 0], [8, 0], [0, 9], [0, 2], [0, 1]]])
@@ -325,6 +325,12 @@ ERRORS = [
     ({}, ValueError, {"context": torch.zeros(2, 5, 7)}, f"context must be {FLOATS} [B, M, D] with D = 8, got float32 [2, 5, 7]"),
     ({"dim": 8, "context_dim": 4}, ValueError, {"context": torch.zeros(2, 5, 8)}, f"context must be {FLOATS} [B, M, 4], got float32 [2, 5, 8]"),
     ({"dim": 8, "context_dim": 4}, ValueError, {}, "context must be given: queries are projected from width 4, got None"),
+    ({}, ValueError, {"context": torch.zeros(5, 8)}, f"context must be {FLOATS} [B, M, D], got float32 [5, 8]"),
+    ({}, TypeError, {"context": torch.zeros(2, 5, 8).long()}, f"context must be {FLOATS} [B, M, D], got int64 [2, 5, 8]"),
+    ({}, ValueError, {"context": torch.zeros(2, 5, 8, device="meta")}, "context must be on cpu like x, got meta"),
+    ({}, ValueError, {"size": torch.zeros(2, 6, device="meta")}, "size must be on cpu like x, got meta"),
+    ({}, ValueError, {"position": torch.zeros(2, 5).long()}, "position must be int64 [B, N] with N = 6, got int64 [2, 5]"),
+    ({}, ValueError, {"valid": torch.zeros(2, 5).bool()}, "valid must be bool [B, N] with N = 6, got bool [2, 5]"),
     ({}, ValueError, {"size": torch.zeros(2, 5)}, f"size must be {FLOATS} [B, N] with N = 6, got float32 [2, 5]"),
     ({}, TypeError, {"size": torch.ones(2, 6).long()}, f"size must be {FLOATS} [B, N], got int64 [2, 6]"),
     ({}, TypeError, {"position": torch.zeros(2, 6)}, "position must be int64 [B, N], got float32 [2, 6]"),
@@ -337,12 +343,20 @@ ERRORS = [
 @pytest.mark.parametrize(
     ("module", "error", "changes", "message"), ERRORS, ids=lambda value: value if isinstance(value, str) else ""
 )
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
 @pytest.mark.parametrize("enabled", [True, False])
 def test_errors_name_the_argument(
-    module: dict[str, Any], error: type[Exception], changes: dict[str, Any], message: str, enabled: bool
+    module: dict[str, Any],
+    error: type[Exception],
+    changes: dict[str, Any],
+    message: str,
+    enabled: bool,
+    compiled: bool,
 ) -> None:
+    merging = AdaptiveSparseMerging(**module, enabled=enabled)
+    call = compiled_anew(merging) if compiled else merging
     with pytest.raises(error) as caught:
-        AdaptiveSparseMerging(**module, enabled=enabled)(**{"x": torch.zeros(2, 6, 8), **changes})
+        call(**{"x": torch.zeros(2, 6, 8), **changes})
     assert str(caught.value) == f"AdaptiveSparseMerging: {message}"
 
 
