@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from sparsify.config import Config
 from sparsify.data.dataset import cores
 
 SIZE = ("--train", "520", "--val", "160", "--test", "1020", "--questions", "7", "8", "--eval-questions", "15", "16")
@@ -99,14 +100,27 @@ def at_once(tasks: Sequence[Callable[[], object]], jobs: int) -> None:
 
 
 def train(row: Row, seed: int, paths: Paths) -> None:
-    """Train ``row`` unless it is done; go on where it was stopped."""
-    run = paths.run(row, seed)
+    """Train ``row`` unless it is done."""
+    options = [*SETTING, *row.options, f"train.seed={seed}"]
+    if row.selector is not None:
+        options.append(f"select.subset={json.dumps(str(subset(row.selector, seed, paths)))}")
+    train_once(paths.data, paths.run(row, seed), options, paths.jobs)
+
+
+def train_once(root: Path, run: Path, options: Sequence[str], jobs: int, *more: object) -> None:
+    """Train ``run``; go on where it was stopped. What another setting left there ends the program."""
+    file = run / "config.json"
+    if file.exists():
+        found = Config.from_dict(json.loads(file.read_text(encoding="utf-8")), str(file)).to_dict()
+        wanted = Config.preset("demo").with_options(options).to_dict()
+        if other := [key for key in wanted if found[key] != wanted[key]]:
+            raise SystemExit(
+                f"{run}: was trained with {other[0]} = {found[other[0]]}, this comparison has {wanted[other[0]]}: "
+                "remove it, or choose another --output"
+            )
     if not (run / "results.json").exists():
-        options: list[object] = [part for option in (*SETTING, *row.options) for part in ("--set", option)]
-        if row.selector is not None:
-            options += ["--subset", subset(row.selector, seed, paths)]
-        resume = ["--resume"] if (run / "config.json").exists() else [*options, "--seed", seed]
-        sparsify("train", paths.data, "--output", run, *resume, jobs=paths.jobs)
+        how = ["--resume"] if file.exists() else [part for option in options for part in ("--set", option)]
+        sparsify("train", root, "--output", run, *more, *how, jobs=jobs)
 
 
 def subset(selector: str, seed: int, paths: Paths) -> Path:
@@ -125,10 +139,9 @@ def ungrouped_seconds(paths: Paths) -> float:
     The same questions, each about a video of its own: a second root whose videos are links to the first one's.
     """
     root, run = paths.output / "ungrouped", paths.output / "ungrouped-dense"
-    if not (run / "results.json").exists():
-        _ungroup(paths.data, root)
-        options = [part for option in (*SETTING, "dense=true", "train.epochs=1") for part in ("--set", option)]
-        sparsify("train", root, "--output", run, "--cache", paths.data / "cache", *options, jobs=paths.jobs)
+    _ungroup(paths.data, root)
+    options = (*SETTING, "dense=true", "train.epochs=1")
+    train_once(root, run, options, paths.jobs, "--cache", paths.data / "cache")
     return json.loads((run / "results.json").read_text(encoding="utf-8"))["seconds"]["train"]
 
 
@@ -277,19 +290,28 @@ def _types(run: Path) -> dict[str, dict[str, float]]:
     return scores["types"] | {"overall": scores["overall"]}
 
 
-def provenance(run: Path) -> str:
-    """Markdown: what code, machine and data a run is of."""
-    results = _read(run)
+def provenance(runs: Sequence[Path]) -> str:
+    """Markdown: what code, machine and data the runs are of, apart where they differ; the first's training split."""
+    said: dict[str, list[str]] = {}
+    for run in runs:
+        said.setdefault(_origin(_read(run)), []).append(run.name)
+    lines = [*said] if len(said) == 1 else [f"- {', '.join(names)}: {origin}" for origin, names in said.items()]
+    return "\n".join(lines) + f" Trained on {_split(_read(runs[0]), 'train')}, subsets on a quarter of it."
+
+
+def _origin(results: dict[str, Any]) -> str:
     machine, versions = results["machine"], results["versions"]
-    splits = ", ".join(
-        f"{name} {split['questions']:,} questions on {split['videos']:,} videos ({split['fingerprint']})"
-        for name, split in results["splits"].items()
-    )
+    splits = ", ".join(f"{name} {_split(results, name)}" for name in results["splits"] if name != "train")
     return (
         f"Commit {versions.get('commit', 'not recorded')}; {machine['name']}, {machine['cores']} cores, "
         f"{machine['threads']} thread(s) a run on {machine['device']}; torch {versions['torch']}, "
         f"{results['precision']['name']}. {splits}."
     )
+
+
+def _split(results: dict[str, Any], name: str) -> str:
+    split = results["splits"][name]
+    return f"{split['questions']:,} questions on {split['videos']:,} videos ({split['fingerprint']})"
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -320,7 +342,7 @@ def main(arguments: list[str] | None = None) -> int:
     found = list(outcomes(rows, seeds, paths))
     table = render(found, seeds, ungrouped)
     parts = (
-        provenance(paths.run(ROWS[0], 0)),
+        provenance([paths.run(row, seed) for row in rows for seed in seeds]),
         table,
         f"One dense epoch with each question encoding its video anew: {epoch:.0f} s.",
         by_type(rows, seeds, paths),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sparsify.errors import CheckpointError
+from sparsify.seal import standing
 
 if TYPE_CHECKING:
     from sparsify.config import Config
@@ -23,8 +24,9 @@ def checkpoint_folder(run: Path) -> Path:
         raise CheckpointError(f"RUN {run} does not exist; expected {RUN_HELP}")
     if not run.is_dir():
         raise CheckpointError(f"RUN {run} is a file; expected {RUN_HELP}")
-    if (run / "best").is_dir():
-        return run / "best"
+    best = standing(run / "best")
+    if best.is_dir():
+        return best
     if (run / "metrics.jsonl").exists() or (run / "last").is_dir():
         raise CheckpointError(f"RUN {run} has no best/ yet: no epoch of it was evaluated")
     if not (run / "config.json").exists():

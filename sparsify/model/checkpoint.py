@@ -1,6 +1,7 @@
 """A checkpoint is a folder: ``config.json``, ``vocabulary.json``, ``model.safetensors``; never a pickle.
 
-With a Hugging Face text encoder there is also ``text.json``, its architecture. Loading reads this folder alone.
+With a Hugging Face text encoder there is also ``text.json``, its architecture. Loading reads this folder alone, and
+checks it first where training has sealed it (``sparsify.seal``).
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from sparsify.config import Config
 from sparsify.errors import CheckpointError, ConfigError
 from sparsify.model.text import HuggingFaceText, TokenizerVocabulary, WordVocabulary
+from sparsify.seal import check_seal, is_sealed
 
 if TYPE_CHECKING:
     from sparsify.model.model import SparsifyModel
@@ -49,6 +51,8 @@ def load(folder: Path) -> SparsifyModel:
 
     if not folder.is_dir():
         raise CheckpointError(f"{folder}: expected a checkpoint folder with {CONFIG}, {VOCABULARY} and {MODEL}")
+    if is_sealed(folder):
+        check_seal(folder)
     try:
         config = Config.from_dict(_read_json(folder / CONFIG), source=str(folder / CONFIG))
     except ConfigError as error:

@@ -156,12 +156,12 @@ class Asker:
         assert self._root is not None
         videos = list(judged.split.videos.items())
         places = sorted({int((i + 0.5) * len(videos) / EXAMPLES) for i in range(min(EXAMPLES, len(videos)))})
-        for number, place in enumerate(places, 1):
+        for place in places:
             video, questions = videos[place]
             some = _different(questions)
-            path = self.output / f"example-{number}.png"
             truth = "; ".join(f"{q.text} {q.answer}" for q in some)
             asked = {"ask": "example", "checkpoint": judged.digest, "split": judged.split.fingerprint, "video": video}
+            path = self.output / f"example-{video}-{judged.digest[:8]}.png"  # of this model and this clip
 
             def compute(video: str = video, some: list[Question] = some, path: Path = path) -> bool:
                 assert self._root is not None

@@ -150,14 +150,14 @@ def training_time(groups: Sequence[Group]) -> Chart:
             linespacing=1.25,
         )
         reached = None if goal is None else spread(run.seconds_to(goal.mean) for run in group.runs)
-        if reached is not None and group is not dense:
+        if reached is not None and reached.seeds == len(group.runs) and group is not dense:
             axes.plot(reached.mean / scale, place, "D", ms=6.5, mfc="white", mec=INK, mew=1.1, zorder=5, gid="reached")
     axes.set_yticks(range(len(timed)), [wrap(group.name, 26) for group in timed])
     axes.set(xlim=(0, 1.55 * longest), ylim=(len(timed) - 0.45, -0.55))
     axes.set_xlabel(f"training time, {unit} (without decoding and evaluation)")
     tidy(axes, grid="x")
     hold_texts(axes)
-    note = " Diamond: when validation reached the dense run's best accuracy." if goal is not None else ""
+    note = " Diamond: when validation reached what the dense run ends with, in every seed." if goal is not None else ""
     return Chart(
         "training_time",
         made,

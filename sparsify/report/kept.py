@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from sparsify.data.templates import TYPES
 from sparsify.report.runs import Run
+from sparsify.seal import standing
 
 if TYPE_CHECKING:
     from sparsify.data.music_avqa import Question
@@ -44,15 +45,18 @@ class Kept(NamedTuple):
 
 
 def kept_by_paper(run: Run, data: Path | None) -> Kept:
-    """The quarter of the run's samples that the paper's rule chooses; ``data`` is the data folder, if it moved.
+    """The quarter of the run's samples that the paper's rule chooses; ``data`` is the data folder, should the run's
+    training file no longer be where it was.
 
     Raises ``SparsifyError`` where the run left no records, or its training file is not to be found.
     """
+    from sparsify.training.run import read_state
     from sparsify.training.selectors import SELECTORS, read_records
 
     unit = run.config.select.unit
-    file = None if data is None else data / "annotations" / "avqa-train.json"
-    records = read_records(run.folder, unit, file if file is not None and file.exists() else None)
+    moved = data is not None and not Path(read_state(standing(run.folder / "last")).train_file).exists()
+    file = data / "annotations" / "avqa-train.json" if data is not None and moved else None
+    records = read_records(run.folder, unit, file)
     samples = records.samples
     chosen = SELECTORS["paper"](samples, max(1, round(PART * len(samples))), 0)
     hardness = _fifths(samples)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from sparsify.config import Config
 from sparsify.errors import CheckpointError, ConfigError
+from sparsify.seal import standing
 
 __all__ = ["Group", "Run", "Spread", "group_runs", "load_run", "spread"]
 
@@ -60,7 +61,7 @@ class Run:
     @property
     def best(self) -> Path | None:
         """The checkpoint of the best epoch, if it is there."""
-        folder = self.folder / "best"
+        folder = standing(self.folder / "best")
         return folder if (folder / "model.safetensors").is_file() else None
 
     @property
@@ -98,8 +99,8 @@ class Run:
 
     @property
     def accuracy_at_end(self) -> float | None:
-        """Validation accuracy of the best epoch."""
-        return max((line["val_accuracy"] for line in self.history), default=None)
+        """Validation accuracy of the last epoch."""
+        return self.history[-1]["val_accuracy"] if self.history else None
 
     def by_type(self) -> dict[str, Mapping[str, Any]]:
         """Of each of the nine types: asked, scored, correct, accuracy and floor."""
@@ -112,6 +113,10 @@ class Run:
         skipped = sum(line.get("videos_skipped", 0) for line in self.history)
         seen = sum(line["videos"] for line in self.history)
         return skipped / (skipped + seen) if seen else None
+
+    def questions_skipped(self) -> float | None:
+        """Share of the questions of all epochs that selection left out, in [0, 1]; None while the run goes on."""
+        return None if self.results is None else self.results.get("selection", {}).get("questions_skipped")
 
     def seconds_to(self, accuracy: float) -> float | None:
         """Seconds of training until an epoch's validation accuracy was at least ``accuracy``; None: never."""

@@ -43,7 +43,8 @@ def all_runs(groups: Sequence[Group]) -> Table:
     """A row a run, with everything that was measured."""
     head = (
         "run", "seed", "accuracy", "floor", "masked", "best val.", "at epoch", "epochs", "trained in", "evaluated in",
-        "in all", "videos not encoded", "super-tokens", "questions", "parameters", "judged", "fingerprint",
+        "in all", "videos not encoded", "questions skipped", "super-tokens", "questions", "parameters", "judged",
+        "fingerprint",
     )  # fmt: skip
     return Table("Every run; accuracies in percent", head, tuple(_row(g.name, run) for g in groups for run in g.runs))
 
@@ -53,7 +54,7 @@ def _row(name: str, run: Run) -> tuple[str, ...]:
     masked = results.get("evaluation", {}).get("masked")
     seconds = results.get("seconds", {})
     best = max(run.history, key=lambda line: line["val_accuracy"], default=None)
-    left_out = run.not_encoded()
+    left_out, skipped = run.not_encoded(), run.questions_skipped()
     return (
         name,
         str(run.seed),
@@ -65,6 +66,7 @@ def _row(name: str, run: Run) -> tuple[str, ...]:
         f"{len(run.history)} of {run.config.train.epochs}",
         *(_time(seconds.get(key)) for key in ("train", "evaluate", "total")),
         NONE if left_out is None else f"{left_out:.1%}",
+        NONE if skipped is None else f"{skipped:.1%}",
         f"{run.evaluation['super_tokens']:.1f}" if run.evaluation else NONE,
         f"{run.train_questions:,}" if run.train_questions else NONE,
         f"{results['parameters']:,}" if "parameters" in results else NONE,

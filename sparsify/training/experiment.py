@@ -27,7 +27,8 @@ from sparsify.errors import CheckpointError, DataError, TrainingError, UsageErro
 from sparsify.model import SparsifyModel
 from sparsify.progress import Advance, format_seconds, progress_bar, say
 from sparsify.report.scores import floor_of
-from sparsify.training.checkpoints import check_seal, keep_epoch, kept, resumable, tidy, write_text
+from sparsify.seal import check_seal
+from sparsify.training.checkpoints import keep_epoch, kept, resumable, tidy, write_text
 from sparsify.training.evaluate import EvalResult, evaluate_dataset, masked_keep, write_predictions
 from sparsify.training.loading import gather_skipped, share
 from sparsify.training.optim import Precision, choose_precision

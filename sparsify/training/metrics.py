@@ -9,7 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sparsify.errors import TrainingError
+from sparsify.errors import CheckpointError
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -22,17 +22,20 @@ class MetricsLog:
 
     ``keep`` is the length in bytes up to which an earlier file is kept: a run resumed from a checkpoint drops what was
     written after it, since those steps are taken again.
+
+    A line that the disk has no room for waits, and is written with the next one.
     """
 
     def __init__(self, folder: Path, *, keep: int = 0, first_step: int = 0, enabled: bool = True) -> None:
-        self._file = None
+        self._file: int | None = None
         self._board: SummaryWriter | None = None
+        self._waiting = b""
         if not enabled:
             return
-        path = folder / "metrics.jsonl"
-        path.touch()
-        os.truncate(path, min(keep, path.stat().st_size))
-        self._file = path.open("a", encoding="utf-8")
+        self._path = folder / "metrics.jsonl"
+        self._file = os.open(self._path, os.O_WRONLY | os.O_CREAT, 0o644)
+        self._length = min(keep, os.fstat(self._file).st_size)
+        os.truncate(self._file, self._length)
         try:
             from torch.utils.tensorboard import SummaryWriter
         except ImportError:
@@ -41,33 +44,61 @@ class MetricsLog:
 
     @property
     def length(self) -> int:
-        """Bytes written so far: what ``keep`` of a resumed run should be."""
+        """Bytes written so far: what ``keep`` of a resumed run should be.
+
+        Raises ``CheckpointError`` while a line waits for room: a run resumed from here would have lost it.
+        """
         if self._file is None:
             return 0
-        self._file.flush()
-        return os.fstat(self._file.fileno()).st_size
+        if error := self._flush():
+            raise CheckpointError(f"{self._path}: cannot be written: {error}")
+        return self._length
 
-    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """One line ``{"kind": kind, "step": step, ...}``; a number is also the TensorBoard scalar ``kind/name``."""
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> str:
+        """One line ``{"kind": kind, "step": step, ...}``; a number is also the TensorBoard scalar ``kind/name``.
+
+        Returns what is wrong, if lines begin to wait with this one.
+        """
         if self._file is None:
-            return
-        try:
-            self._file.write(json.dumps({"kind": kind, "step": step} | values, allow_nan=False) + "\n")
-            self._file.flush()
-            if self._board is not None:
+            return ""
+        first = not self._waiting
+        self._waiting += (json.dumps({"kind": kind, "step": step} | values, allow_nan=False) + "\n").encode()
+        error = self._flush()
+        if self._board is not None:
+            try:
                 for name, value in values.items():
                     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
                         self._board.add_scalar(f"{kind}/{name}", value, step)
+            except OSError:
+                self._leave_board()  # the JSON lines hold the same numbers
+        return f"{self._path}: cannot be written: {error}; its lines wait for room" if error and first else ""
+
+    def _flush(self) -> str:
+        """Write what waits, whole or not at all; why not, if not."""
+        assert self._file is not None
+        done = 0
+        try:
+            while done < len(self._waiting):
+                done += os.pwrite(self._file, self._waiting[done:], self._length + done)
         except OSError as error:
-            raise TrainingError(
-                f"{self._file.name}: cannot be written: {error.strerror or error}; --resume goes on from last/"
-            ) from error
+            with contextlib.suppress(OSError):
+                os.truncate(self._file, self._length)
+            return error.strerror or str(error)
+        self._length, self._waiting = self._length + done, b""
+        return ""
+
+    def _leave_board(self) -> None:
+        board, self._board = self._board, None
+        if board is not None:
+            with contextlib.suppress(OSError):
+                board.close()
 
     def close(self) -> None:
-        for part in (self._file, self._board):
-            if part is not None:
-                with contextlib.suppress(OSError):  # a full disk, which the line that did not fit has spoken of
-                    part.close()
+        self._leave_board()
+        if self._file is not None:
+            self._flush()
+            os.close(self._file)
+            self._file = None
 
 
 def read_metrics(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from sparsify.data.music_avqa import Question, Split, fingerprint, read_split
 from sparsify.errors import UsageError
-from sparsify.training.checkpoints import check_seal
+from sparsify.seal import check_seal, standing
 from sparsify.training.key_subset import key_scores
 from sparsify.training.run import read_state
 from sparsify.training.selection import SELECTION
@@ -62,11 +62,12 @@ def read_records(run: Path, unit: str, train: Path | None = None) -> Records:
         DataError: the annotation file cannot be read.
         UsageError: it is not the one that the run used, or no epoch is finished.
     """
-    check_seal(run / "last")
-    state = read_state(run / "last")
+    last = standing(run / "last")
+    check_seal(last)
+    state = read_state(last)
     if state.epoch == 0:
         raise UsageError(f"{run}: no epoch is finished yet; expected records of at least one")
-    saved = load_file(run / "last" / SELECTION)
+    saved = load_file(last / SELECTION)
     file = train or Path(state.train_file)
     split = read_split(file, "train")
     questions = _questions(split, saved["question_id"].tolist(), state.fingerprints["train"])

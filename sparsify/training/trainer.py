@@ -132,13 +132,14 @@ class Trainer:
         order = [self.data.usable[i] for i in epoch_order(len(self.data.usable), train.seed, state.epoch)]
         order = [i for i in order if asked_about[i]]
         steps = [order[i : i + train.videos] for i in range(0, len(order), train.videos)]
-        left, keep = steps[state.step :], self.config.keep_at(state.epoch)
+        first = state.step
+        left, keep = steps[first:], self.config.keep_at(state.epoch)
         if not left:
             return  # resumed from a stop during the evaluation
         batches = load_batches(
             self.data.train,
             # A process that a short step leaves without a video computes one that does not count: all take part.
-            [share(step, self.rank, self.world) or step[:1] for step in left],
+            [share(step, self.turn(first + i), self.world) or step[:1] for i, step in enumerate(left)],
             epoch=state.epoch,
             run_seed=train.seed,
             keep=keep,
@@ -151,10 +152,14 @@ class Trainer:
         self.timed = time.monotonic()
         with self.bar(f"epoch {state.epoch + 1}/{train.epochs}{masked}", sum(map(len, left))) as advance:
             for step, loaded in zip(left, batches, strict=True):
-                self.take_step(loaded, len(steps), counts=self.rank < len(step))
+                self.take_step(loaded, len(steps), counts=self.turn(state.step) < len(step))
                 note = self.log() if state.step == len(steps) or state.steps % LOG_EVERY == 0 else ""
                 advance(len(step), note)
                 self.between_steps()
+
+    def turn(self, step: int) -> int:
+        """The share of the epoch's ``step`` that this process takes: what does not divide goes round."""
+        return (self.rank + step) % self.world
 
     def take_step(self, loaded: Loaded, steps: int, counts: bool) -> None:
         """Forward, backward and update for one batch of this process, in an epoch of ``steps``.
@@ -238,7 +243,7 @@ class Trainer:
             "videos_per_s": seen["videos"] / seconds,
             "seconds": self.state.seconds["train"],
         }
-        self.metrics.write("step", self.state.steps, line)
+        self.say(self.metrics.write("step", self.state.steps, line))
         return f"loss {loss:.3f}"
 
     def look(self) -> None:
@@ -322,7 +327,7 @@ class Trainer:
         if result.accuracy > state.best_accuracy:  # a tie stays with the earlier epoch
             state.best_accuracy, state.best_epoch = result.accuracy, state.epoch
             self.write("best", self.model.save_pretrained)
-        self.metrics.write("epoch", state.steps, line)
+        self.say(self.metrics.write("epoch", state.steps, line))
         state.history.append(line)
         self.say(
             f"epoch {state.epoch + 1}/{self.config.train.epochs}: loss {line['loss']:.3f}, "
@@ -370,9 +375,9 @@ class Trainer:
         if self.pending or self.window:
             self.log()
         self.selection.synchronise(self.accelerator)
-        self.state.metrics_bytes = self.metrics.length
 
         def fill(folder: Path) -> None:
+            self.state.metrics_bytes = self.metrics.length
             self.model.save_pretrained(folder)
             write_state(folder, self.state, self.model, self.inner)
             self.selection.save(folder)
@@ -395,5 +400,5 @@ class Trainer:
         return progress_bar(description, total, quiet=not self.progress or not self.accelerator.is_main_process)
 
     def say(self, text: str) -> None:
-        if self.progress and self.accelerator.is_main_process:
+        if text and self.progress and self.accelerator.is_main_process:
             say(text)

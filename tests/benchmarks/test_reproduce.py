@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import subprocess
 import sys
 import threading
+from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
 
@@ -33,6 +36,16 @@ def test_a_constant_difference_has_an_interval_of_no_width(reproduce):
     assert low <= mean <= high
     same = reproduce.bootstrap([(base, base)])
     assert same == (0.0, 0.0, 0.0)
+
+
+def test_the_interval_is_that_of_seeds_too(reproduce):
+    """Seeds 10 points apart: of two drawn anew, both are the worse one in a quarter of the cases."""
+    base = dict.fromkeys(range(1000), False)
+    better = {i: i < 100 for i in base}
+    mean, low, high = reproduce.bootstrap([(better, base), (base, base)])
+    assert mean == pytest.approx(5)
+    assert low == 0
+    assert high == pytest.approx(10, abs=2.5)
 
 
 def test_the_interval_is_that_of_paired_questions(reproduce):
@@ -89,6 +102,7 @@ def test_subsets_come_from_the_run_with_everything_on_and_done_work_is_not_done_
         called.append(tuple(map(str, arguments)))
         if arguments[0] == "train":
             write_run(Path(arguments[3]), seconds=1.0, history=[(1, 0.5)], right=[True])
+            write_config(Path(arguments[3]), arguments)
         else:
             Path(arguments[-1]).parent.mkdir(parents=True, exist_ok=True)
             Path(arguments[-1]).write_text("[]", encoding="utf-8")
@@ -99,9 +113,48 @@ def test_subsets_come_from_the_run_with_everything_on_and_done_work_is_not_done_
     reproduce.train(row, 1, paths)
     assert [call[0] for call in called] == ["select", "train"]
     assert called[0][1] == str(tmp_path / "runs" / "all-1")
-    assert "--subset" in called[1]
-    assert called[1][-2:] == ("--seed", "1")
+    subset = str(tmp_path / "runs" / "subset-paper-1.json")
+    assert ("--set", f'select.subset="{subset}"') == called[1][-2:]
+    assert "train.seed=1" in called[1]
+    assert "--resume" not in called[1]
     reproduce.train(row, 1, paths)
+    assert len(called) == 2
+
+
+def write_config(run: Path, arguments: Sequence[object]) -> None:
+    from sparsify.config import Config
+
+    options = [str(value) for flag, value in pairwise(arguments) if flag == "--set"]
+    config = Config.preset("demo").with_options(options)
+    run.mkdir(parents=True, exist_ok=True)
+    (run / "config.json").write_text(json.dumps(config.to_dict()), encoding="utf-8")
+
+
+@pytest.mark.parametrize("which", ["row", "ungrouped"])
+def test_a_run_that_was_stopped_goes_on_and_one_of_another_setting_is_refused(reproduce, tmp_path, monkeypatch, which):
+    called: list[tuple[str, ...]] = []
+    monkeypatch.setattr(reproduce, "sparsify", lambda *arguments, jobs=1: called.append(tuple(map(str, arguments))))
+    monkeypatch.setattr(reproduce, "_ungroup", lambda source, root: None)
+    paths = reproduce.Paths(tmp_path / "data", tmp_path / "runs")
+    row = reproduce.ROWS[0]
+
+    def again() -> None:
+        if which == "row":
+            reproduce.train(row, 0, paths)
+        else:
+            with contextlib.suppress(FileNotFoundError):  # no run, so no results
+                reproduce.ungrouped_seconds(paths)
+
+    again()
+    run = Path(called[0][3])
+    write_config(run, called[0])
+    again()
+    assert "--resume" not in called[0]
+    assert "--resume" in called[1]
+    assert "--set" not in called[1]
+    write_config(run, [*called[0], "--set", "train.lr=0.5"])
+    with pytest.raises(SystemExit, match=r"was trained with train = .*: remove it, or choose another --output"):
+        again()
     assert len(called) == 2
 
 
@@ -124,6 +177,11 @@ def test_each_question_gets_a_video_of_its_own(reproduce, tmp_path):
 def test_every_row_is_a_configuration(reproduce):
     from sparsify.config import Config
 
+    assert [row.selector for row in reproduce.ROWS if row.selector] == ["random", "paper", "robust"]
+    paper = next(row for row in reproduce.ROWS if row.name == "paper's schedule")
+    paper = Config.preset("demo").with_options([*reproduce.SETTING, *paper.options])
+    assert (paper.select.unit, paper.select.skip) == ("question", 0.5)
+    assert [paper.keep_at(epoch) for epoch in range(5)] == [0.5, 0.5, 0.5, 1, 1]
     for row in reproduce.ROWS:
         config = Config.preset("demo").with_options([*reproduce.SETTING, *row.options])
         assert config.dense == (row.name == "dense")
@@ -146,7 +204,10 @@ def test_every_number_of_every_run_is_written_down(reproduce, tmp_path):
         results |= {"best": {"epoch": 1, "val_accuracy": 0.6}, "steps": 4, "precision": {"name": "fp32"}}
         results["machine"] = {"name": "a CPU", "cores": 2, "threads": 1, "device": "cpu"}
         results["versions"] = {"torch": "2.13.0", "commit": "0123456789ab"}
-        results["splits"] = {"test": {"questions": 2, "videos": 1, "fingerprint": "f00d"}}
+        results["splits"] = {
+            "train": {"questions": 8, "videos": 4, "fingerprint": "beef"},
+            "test": {"questions": 2, "videos": 1, "fingerprint": "f00d"},
+        }
         file.write_text(json.dumps(results), encoding="utf-8")
     runs = reproduce.every_run([row], [0, 1], paths).splitlines()
     assert runs[2] == "| masking | 0 | 50.00 | 25.00 | 2 | 60.00 | 30 | 4 | 13 | 25%, 50% |"
@@ -157,7 +218,8 @@ def test_every_number_of_every_run_is_written_down(reproduce, tmp_path):
         "| Audio/Counting | 25.0 | 62.5 |",
         "| overall | 12.5 | 31.2 |",
     ]
-    origin = reproduce.provenance(paths.run(row, 0))
+    origin = reproduce.provenance([paths.run(row, 0), paths.run(row, 1)])
+    assert "masking-1" not in origin
     for part in (
         "0123456789ab",
         "a CPU, 2 cores, 1 thread(s) a run on cpu",
@@ -165,6 +227,12 @@ def test_every_number_of_every_run_is_written_down(reproduce, tmp_path):
         "test 2 questions on 1 videos (f00d)",
     ):
         assert part in origin
+    file = paths.run(row, 1) / "results.json"
+    file.write_text(file.read_text(encoding="utf-8").replace("0123456789ab", "ba9876543210"), encoding="utf-8")
+    first, second = reproduce.provenance([paths.run(row, 0), paths.run(row, 1)]).splitlines()
+    assert first.startswith("- masking-0: Commit 0123456789ab; ")
+    assert second.startswith("- masking-1: Commit ba9876543210; ")
+    assert second.endswith("Trained on 8 questions on 4 videos (beef), subsets on a quarter of it.")
 
 
 def test_runs_at_once_begin_in_order_and_the_first_failure_ends_them(reproduce):

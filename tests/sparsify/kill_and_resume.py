@@ -3,8 +3,9 @@
     python tests/sparsify/kill_and_resume.py --kills 100
     python tests/sparsify/kill_and_resume.py --kills 40 --processes 2
 
-Each run loads in a worker process, masks, selects (by video and by question in turn), drops out, and saves after every
-step. The moment of a kill is uniform over the wall time of a whole run, from the start of ``train`` to its results.
+Each run loads in two worker processes, masks, selects (by video and by question in turn), drops out, steps by Muon,
+matches, and saves after every step. The moment of a kill is uniform over the wall time of a whole run, from the start
+of ``train`` to its results.
 Runs are forked from this process, which has imported everything, so that a run takes seconds; several processes of one
 run find each other by the variables that torchrun sets, and die one after the other.
 """
@@ -32,7 +33,8 @@ SMALL = {
     "vision.embed_dim": 16, "audio.embed_dim": 16,
 }  # fmt: skip
 ALL_ON = {
-    "train.epochs": 4, "train.videos": 2, "train.workers": 1, "train.save_seconds": 0.0, "train.keep_last": 1,
+    "train.epochs": 4, "train.videos": 2, "train.workers": 2, "train.muon": 3.0,
+    "train.matching": 1.0, "train.save_seconds": 0.0, "train.keep_last": 1,
     "text.dropout": 0.1, "fusion.dropout": 0.1, "mask.epochs": [0, -1], "select.skip": 0.5,
 }  # fmt: skip
 TIMES = ("seconds", "train_seconds", "evaluate_seconds", "save_seconds", "questions_per_s", "videos_per_s")

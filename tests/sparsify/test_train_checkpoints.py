@@ -16,13 +16,18 @@ from typing import Any
 import pytest
 from safetensors import SafetensorError
 
+from sparsify.cli._run import checkpoint_folder
 from sparsify.config import Config
 from sparsify.data.music_avqa import DataRoot
 from sparsify.errors import CheckpointError
+from sparsify.model import SparsifyModel
+from sparsify.report.runs import load_run
+from sparsify.seal import check_seal
 from sparsify.training import InterruptedRun
 from sparsify.training import trainer as trainer_module
-from sparsify.training.checkpoints import check_seal, keep_epoch, resumable, tidy, write_folder
+from sparsify.training.checkpoints import keep_epoch, resumable, tidy, write_folder
 from sparsify.training.loading import start_loading
+from sparsify.training.selectors import read_records
 from sparsify.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("_silent_model")
@@ -117,6 +122,37 @@ def test_the_newest_whole_checkpoint_is_resumed_from(tmp_path: Path) -> None:
     (tmp_path / "epoch-010" / "model").unlink()
     with pytest.raises(CheckpointError, match="last/state: missing"):
         resumable(tmp_path)
+
+
+def test_checkpoints_of_epochs_are_told_apart_by_number(tmp_path: Path) -> None:
+    for epoch in (998, 999, 1000):
+        filled(tmp_path / "last", text=str(epoch))
+        keep_epoch(tmp_path, epoch, count=2)
+    assert sorted(path.name for path in tmp_path.glob("epoch-*")) == ["epoch-1000", "epoch-1001"]
+    (tmp_path / "last" / "state").unlink()
+    assert resumable(tmp_path)[0] == tmp_path / "epoch-1001"
+
+
+def test_between_two_names_the_earlier_checkpoint_is_found(run: Run, tmp_path: Path) -> None:
+    """A kill may come after the one has left its name and before the next one has it."""
+    run()
+    folder = tmp_path / "run"
+    for name in ("best", "last"):
+        (folder / name).rename(folder / f".{name}.old")
+    assert checkpoint_folder(folder) == folder / ".best.old"
+    assert load_run(folder).best == folder / ".best.old"
+    assert read_records(folder, "video").epochs == 3
+
+
+def test_a_checkpoint_that_changed_is_not_loaded(run: Run, tmp_path: Path) -> None:
+    run()
+    path = tmp_path / "run" / "best" / "model.safetensors"
+    SparsifyModel.from_pretrained(path.parent)
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(CheckpointError, match=r"best/model\.safetensors: is not what was written"):
+        SparsifyModel.from_pretrained(path.parent)
 
 
 def test_what_kills_left_is_tidied(tmp_path: Path) -> None:
@@ -215,7 +251,7 @@ take_step = Trainer.take_step
 def limited(self, *args, **options):
     take_step(self, *args, **options)
     full = 2 <= self.state.steps < int(until)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000 if full else resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200 if full else resource.RLIM_INFINITY, resource.RLIM_INFINITY))
 
 Trainer.take_step = limited
 train(Config.from_dict(json.loads(config)), DataRoot(root), output, cache_folder=cache)
@@ -236,6 +272,7 @@ def test_a_disk_that_is_full_for_a_while_costs_a_save_and_at_the_end_of_an_epoch
     assert done.returncode == code, done.stderr
     assert "run/last: cannot be written: " in done.stderr
     assert "what was there is untouched; training goes on" in done.stderr
+    assert done.stderr.count("metrics.jsonl: cannot be written: File too large; its lines wait for room") == 1
     check_seal(tmp_path / "run" / "last")
     if code:
         assert "CheckpointError" in done.stderr

@@ -16,7 +16,7 @@ import pytest
 from sparsify.config import Config
 from sparsify.data.dataset import VideoDataset
 from sparsify.data.music_avqa import DataRoot
-from sparsify.errors import DataError, MediaError, TrainingError, UsageError
+from sparsify.errors import CheckpointError, DataError, MediaError, TrainingError, UsageError
 from sparsify.training import InterruptedRun, train
 from sparsify.training.metrics import MetricsLog, read_metrics
 from sparsify.training.trainer import Trainer
@@ -121,17 +121,24 @@ def test_a_video_that_breaks_while_the_run_goes_is_said_once_and_counted(
 
 
 def test_metrics_that_cannot_be_written_are_said(tmp_path: Path) -> None:
-    """A limit on the size of files stands in for the disk. What did not fit is in the file's buffer still."""
+    """And written when there is room again. A limit on the size of files stands in for the disk."""
     log = MetricsLog(tmp_path)
     log.write("step", 1, {})
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (30, before[1]))
     try:
-        with pytest.raises(TrainingError, match=r"metrics\.jsonl: cannot be written: File too large; --resume goes on"):
-            log.write("step", 2, {})
-        log.close()
+        said = log.write("step", 2, {"loss": 1.5})
+        assert said.endswith("metrics.jsonl: cannot be written: File too large; its lines wait for room")
+        assert log.write("step", 3, {}) == "", "once is enough"
+        with pytest.raises(CheckpointError, match=r"metrics\.jsonl: cannot be written: File too large"):
+            _ = log.length
+        assert [line["step"] for line in read_metrics(tmp_path)] == [1], "no half a line"
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert log.write("step", 4, {}) == ""
+    assert log.length == (tmp_path / "metrics.jsonl").stat().st_size
+    log.close()
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1, 2, 3, 4]
 
 
 def test_metrics_that_a_full_disk_cut_are_whole_again_in_a_resumed_run(tmp_path: Path) -> None:
