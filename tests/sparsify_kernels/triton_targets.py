@@ -32,6 +32,9 @@ GPUS = [
 ]
 
 
+ATOMICS = {"cuda": r"\b(?:atom|red)\.[\w.:]+", "hip": r"\b\w+_atomic_\w+"}
+
+
 def spilled_on_nvidia(cubin: bytes) -> int:
     """Bytes of stack a thread uses: spilled registers, as our kernels have no local arrays."""
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -76,6 +79,7 @@ def main(op: str, *, first: bool) -> None:
             nvidia = target.backend == "cuda"
             spilled = spilled_on_nvidia(compiled.asm["cubin"]) if nvidia else spilled_on_amd(compiled.asm["amdgcn"])
             case = {"gpu": name, "kernel": kernel.__name__, "constants": constants, "spilled": spilled}
+            case["atomics"] = re.findall(ATOMICS[target.backend], compiled.asm["ptx" if nvidia else "amdgcn"])
             print(json.dumps(case | {"shared": compiled.metadata.shared, "shared_limit": shared_limit}))
 
 

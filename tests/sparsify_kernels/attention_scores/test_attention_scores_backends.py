@@ -203,9 +203,14 @@ def test_heads_next_to_each_other_and_expanded_inputs() -> None:
 @NEEDS_CPP
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 def test_nothing_outside_the_inputs_is_read(dtype: torch.dtype) -> None:
-    inputs = attention_inputs(AttentionShape(2, 2, 7, 19, 16, 16), dtype, bias=True)
-    around = {n: guarded(t).tensor if t is not None and t.is_floating_point() else t for n, t in inputs.items()}
+    inputs = attention_inputs(AttentionShape(2, 2, 7, 19, 16, 16), dtype, bias=True, valid=True)
+    around = {n: guarded(t).tensor for n, t in inputs.items()}
     assert_same(tuple(run("cpp", around).values()), tuple(run("cpp", inputs).values()))
+    args = [inputs[n] for n in NAMES]
+    received, output, lse = FORWARD["cpp"](*args, None)
+    given = (received.sin(), output.cos(), *args, output, lse)
+    placed = [guarded(t).tensor for t in given]
+    assert_same(BACKWARD["cpp"](*placed, None, ALL), BACKWARD["cpp"](*given, None, ALL))
 
 
 @NEEDS_CPP

@@ -54,6 +54,28 @@ def test_what_an_earlier_sample_left_reaches_no_later_one(dtype: torch.dtype) ->
     assert all(t.isfinite().all() for t in alone)
 
 
+def test_so_many_queries_that_the_last_slabs_are_empty() -> None:
+    """512,001 queries in 1,000 slabs of 513: they end before the last one begins."""
+    queries, keys = 512_001, 16
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(1, 1, queries, 4, generator=g), torch.randn(1, 1, keys, 4, generator=g)
+    valid = torch.rand(1, queries, generator=g) < 0.7
+    truth = (0.5 * q.double() @ k.double().mT).softmax(-1)
+    for given in (None, valid):
+        received, _, lse = FORWARD["cpp"](q, k, None, None, given, None, None)
+        rows = truth[0, 0] if given is None else truth[0, 0][given[0]]
+        torch.testing.assert_close(received[0].double(), rows.mean(0), rtol=1e-5, atol=0)
+        assert torch.equal(lse[0, 0].isinf(), torch.zeros(queries).bool() if given is None else ~valid[0])
+
+
+def test_the_backward_asks_for_four_flags() -> None:
+    inputs = attention_inputs(AttentionShape(1, 1, 2, 3, 4, 4))
+    args = [inputs[name] for name in NAMES]
+    received, output, lse = FORWARD["cpp"](*args, None)
+    with pytest.raises(RuntimeError, match="wanted must be four flags, got 2"):
+        BACKWARD["cpp"](received, output, *args, output, lse, None, [True, True])
+
+
 @pytest.mark.parametrize("only", range(4))
 def test_a_gradient_wanted_alone_is_the_same(only: int) -> None:
     inputs = attention_inputs(AttentionShape(2, 2, 50, 70, 16, 16), bias=True)

@@ -115,6 +115,7 @@ def test_compiles_without_graph_breaks(dynamic: bool) -> None:
 
 def test_autocast_casts_q_k_v_and_nothing_else() -> None:
     inputs = attention_inputs(SMALL, bias=True)
+    leaves = [inputs[n].requires_grad_() for n in ("q", "k", "v", "key_bias")]
     rounded = {n: t.bfloat16() if n in ("q", "k", "v") else t for n, t in inputs.items()}
     want = attention_scores(**rounded)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -126,6 +127,11 @@ def test_autocast_casts_q_k_v_and_nothing_else() -> None:
         assert result.output.dtype == torch.bfloat16
         assert torch.equal(result.received, want.received)
         assert torch.equal(result.output, want.output)
+        ours, theirs = (
+            torch.autograd.grad(r.received.square().sum() + r.output.float().sin().sum(), leaves, retain_graph=True)
+            for r in (result, want)
+        )
+        assert all(a.dtype == torch.float32 and torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
     assert double.received.dtype == torch.float64
 
 

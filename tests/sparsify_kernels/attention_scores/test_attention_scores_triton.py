@@ -170,7 +170,7 @@ def test_nothing_outside_is_read_or_written(
     shape: AttentionShape, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     args = arguments(shape, dtype, bias=True, valid=True)
-    around = [guarded(t).tensor if t is not None and t.is_floating_point() else t for t in args]
+    around = [None if t is None else guarded(t).tensor for t in args]
     buffers = []
     new_empty = torch.Tensor.new_empty
 

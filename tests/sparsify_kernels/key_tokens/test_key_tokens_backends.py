@@ -106,11 +106,20 @@ def test_the_product_with_the_fence_is_rounded_before_it_is_added(backend: str) 
 
 
 @pytest.mark.parametrize("backend", FAST)
-def test_nothing_outside_the_scores_is_read(backend: str) -> None:
-    scores = guarded(torch.rand(2, 19))
-    expected = reference.key_tokens(scores.tensor.clone(), None, 0.0, None)
-    assert_same(KEYS[backend](scores.tensor, None, 0.0, None), expected)
-    scores.check()
+def test_nothing_outside_the_inputs_is_read(backend: str) -> None:
+    scores, valid = guarded(torch.rand(2, 19)), guarded(torch.rand(2, 19) < 0.4)
+    for flags in (None, valid):
+        given = None if flags is None else flags.tensor
+        expected = reference.key_tokens(scores.tensor.clone(), None if given is None else given.clone(), 0.0, None)
+        assert_same(KEYS[backend](scores.tensor, given, 0.0, None), expected)
+    x, index = guarded(torch.rand(2, 5, 33)), guarded(torch.tensor([[4, -1, 0], [2, 2, 4]]))
+    expected = reference.key_tokens_gather(x.tensor.clone(), index.tensor.clone())
+    assert_same(GATHER[backend](x.tensor, index.tensor), expected)
+    grad = guarded(expected)
+    expected = reference.key_tokens_gather_backward(expected, index.tensor.clone(), 5)
+    assert_same(BACKWARD[backend](grad.tensor, index.tensor, 5), expected)
+    for box in (scores, valid, x, index, grad):
+        box.check()
 
 
 @pytest.mark.parametrize("backend", FAST)

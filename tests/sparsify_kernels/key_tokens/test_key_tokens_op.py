@@ -53,7 +53,23 @@ def test_gradcheck_gather() -> None:
     assert torch.autograd.gradgradcheck(gather_tokens, (x, index))
 
 
-@pytest.mark.parametrize(("dynamic", "backend"), [(False, "inductor"), (True, "aot_eager")])
+def test_autocast_changes_nothing() -> None:
+    scores, x = torch.rand(2, 300), torch.randn(2, 300, 3, requires_grad=True)
+    want = key_tokens(scores)
+    assert not torch.equal(key_tokens(scores.bfloat16()).index, want.index)  # in bf16 scores tie
+    taken = gather_tokens(x, want.index)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = key_tokens(scores)
+        again = gather_tokens(x, got.index)
+    assert torch.equal(got.index, want.index)
+    assert torch.equal(got.count, want.count)
+    assert again.dtype == torch.float32
+    assert torch.equal(again, taken)
+    ours, theirs = (torch.autograd.grad(t.square().sum(), x)[0] for t in (again, taken))
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("dynamic", "backend"), [(False, "inductor"), (True, "aot_eager"), (True, "inductor")])
 def test_compiles_without_graph_breaks(dynamic: bool, backend: str) -> None:
     def both(
         scores: torch.Tensor, valid: torch.Tensor, x: torch.Tensor

@@ -268,12 +268,15 @@ def test_any_layout_same_bits(backend: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("backend", FAST)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nothing_outside_the_inputs_is_read(backend: str, dtype: torch.dtype) -> None:
-    inputs = merge_inputs(MergeShape(2, 37, 9, 33, 45), dtype, weight=True)
-    args = arguments(inputs)
+    args = arguments(merge_inputs(MergeShape(2, 37, 9, 33, 45), dtype, weight=True, valid=True))
     expected = FORWARD[backend](*args)
-    boxes = [guarded(a) for a in args[:2]]
-    assert_same(FORWARD[backend](*(box.tensor for box in boxes), *args[2:]), expected)
-    for box in boxes:
+    boxes = [guarded(a) for a in args]
+    assert_same(FORWARD[backend](*(box.tensor for box in boxes)), expected)
+    given = (expected[0], expected[1], args[0], args[4], *expected)
+    around = [guarded(a) for a in given]
+    grads = BACKWARD[backend](*given, [True, True])
+    assert_same(BACKWARD[backend](*(box.tensor for box in around), [True, True]), grads)
+    for box in (*boxes, *around):
         box.check()
 
 

@@ -120,7 +120,7 @@ def test_opcheck_backward(batch: int, layout: str) -> None:
     torch.library.opcheck(BACKWARD, (grads[0], None, None, None, *out, [True, False]))
 
 
-@pytest.mark.parametrize(("dynamic", "backend"), [(False, "inductor"), (True, "aot_eager")])
+@pytest.mark.parametrize(("dynamic", "backend"), [(False, "inductor"), (True, "aot_eager"), (True, "inductor")])
 def test_compiles_without_graph_breaks(dynamic: bool, backend: str) -> None:
     inputs = merge_inputs(SMALL, weight=True, valid=True)
     inputs["x"].requires_grad_()
@@ -139,12 +139,15 @@ def test_compiles_without_graph_breaks(dynamic: bool, backend: str) -> None:
 
 def test_autocast_changes_nothing() -> None:
     inputs = merge_inputs(MergeShape(3, 200, 50, 6, 4), weight=True, exact=False)
+    leaves = [inputs["x"].requires_grad_(), inputs["weight"].requires_grad_()]
     want = merge_tokens(**inputs)
     rounded = merge_tokens(**{**inputs, "metric": inputs["metric"].bfloat16()})
     assert not torch.equal(rounded.assign, want.assign)  # in bf16 some token would join another key
     with torch.autocast("cpu", dtype=torch.bfloat16):
         got = merge_tokens(**inputs)
     assert all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    ours, theirs = (torch.autograd.grad(t.tokens.square().sum() + t.size.sum(), leaves) for t in (got, want))
+    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
 
 
 FLOATS = "float32 or bfloat16 or float16 or float64"

@@ -45,6 +45,7 @@ EDGES = (
     MergeShape(1, 70, 2, 70, 40),
     MergeShape(2, 20, 5, 3, 0),
     MergeShape(2, 20, 5, 0, 3),
+    MergeShape(1, 5, 2, 2048, 3),
 )
 SHAPES = [*(shape for shape in MERGE_SHAPES if shape.slots < 60), *EDGES]  # the interpreter takes its time
 NAN = math.nan

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsify_kernels import _registry
 from sparsify_kernels.random_mask import reference
-from sparsify_kernels.testing import LAYOUTS, guarded, poisoned_memory
+from sparsify_kernels.testing import LAYOUTS, guarded, guarded_memory, poisoned_memory
 from sparsify_kernels.testing.bits import assert_same_bits, payload, placed
 
 FORWARD = _registry.implementations("random_mask")
@@ -165,12 +165,21 @@ def test_many_units(backend: str, units: int, kept: int, width: int) -> None:
     assert torch.equal(FORWARD[backend](*on(backend, x, torch.tensor(9)), kept, width)[1].cpu(), expected)
 
 
+@pytest.mark.parametrize("width", [0, 4], ids=["free", "stratified"])
 @pytest.mark.parametrize("backend", FAST)
-def test_nothing_outside_the_input_is_read(backend: str) -> None:
-    x = guarded(torch.ones(2, 7, 5))
-    tokens, _ = FORWARD[backend](*on(backend, x.tensor, torch.tensor(2)), 4, 0)
-    assert (tokens == 1).all()
-    x.check()
+def test_nothing_outside_the_tensors_is_read_or_written(backend: str, width: int) -> None:
+    """33 values a unit: no whole number of vectors or blocks. (What C++ allocates, `make sanitize` watches.)"""
+    units, kept = (8, 4) if width else (7, 3)
+    x, seed = guarded(torch.ones(2, units, 33)), guarded(torch.tensor([2, 5]))
+    with guarded_memory():
+        tokens, index = FORWARD[backend](*on(backend, x.tensor, seed.tensor), kept, width)
+        assert (tokens == 1).all()
+        grad, at = guarded(tokens.cpu()), guarded(index.cpu())
+        dx = BACKWARD[backend](*on(backend, grad.tensor, at.tensor), units)
+    wanted = torch.zeros(2, units).scatter(1, index.cpu(), 1.0)
+    assert torch.equal(dx.cpu(), wanted.unsqueeze(2).expand(-1, -1, 33))
+    for box in (x, seed, grad, at):
+        box.check()
 
 
 @pytest.mark.parametrize("backend", ["reference", *FAST])

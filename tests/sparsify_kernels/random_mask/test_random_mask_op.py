@@ -45,7 +45,20 @@ def test_gradcheck(stratified: bool) -> None:
     assert torch.autograd.gradgradcheck(tokens, (x,))
 
 
-@pytest.mark.parametrize(("dynamic", "backend"), [(False, "inductor"), (True, "aot_eager")])
+def test_autocast_changes_nothing() -> None:
+    x = torch.randn(2, 8, 5, requires_grad=True)
+    want = random_mask(x, seed=3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = random_mask(x, seed=3)
+        assert torch.equal(OP(x, torch.tensor(3), 4, 0)[0], want.tokens)
+    assert got.tokens.dtype == torch.float32
+    assert torch.equal(got.tokens, want.tokens)
+    assert torch.equal(got.index, want.index)
+    ours, theirs = (torch.autograd.grad(t.tokens.square().sum(), x)[0] for t in (got, want))
+    assert torch.equal(ours, theirs)
+
+
+@pytest.mark.parametrize(("dynamic", "backend"), [(False, "inductor"), (True, "aot_eager"), (True, "inductor")])
 def test_compiles_forward_and_backward_without_graph_breaks(dynamic: bool, backend: str) -> None:
     def halves(x: Tensor, seed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         tokens, index = random_mask(x * 2, 0.5, seed=seed)

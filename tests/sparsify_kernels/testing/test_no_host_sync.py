@@ -17,6 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, FakeTens
 from sparsify_kernels.attention_scores import reference as attention
 from sparsify_kernels.key_tokens import reference as keys
 from sparsify_kernels.merge_tokens import reference as merge
+from sparsify_kernels.random_mask import reference as random
 from sparsify_kernels.testing import (
     AttentionShape,
     KeyShape,
@@ -32,7 +33,7 @@ from sparsify_kernels.window_attention import reference as window
 
 @pytest.fixture(autouse=True)
 def _unchecked(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (keys, merge, window):
+    for module in (keys, merge, random, window):
         monkeypatch.setattr(module, "check_values", lambda device: False)
 
 
@@ -49,6 +50,14 @@ def test_attention_scores() -> None:
     wanted = [True] * 4
     grads = on_fakes(attention.attention_scores_backward, received, output, *args, output, lse, None, wanted)
     assert [g.shape for g in grads] == [t.shape for t in args[:4]]
+
+
+@pytest.mark.parametrize("width", [0, 4])
+def test_random_mask(width: int) -> None:
+    x, seed = torch.rand(3, 8, 5), torch.tensor([3, 4, 5])
+    tokens, index = on_fakes(random.random_mask, x, seed, 4, width)
+    assert (tokens.shape, index.shape) == ((3, 4, 5), (3, 4))
+    assert on_fakes(random.random_mask_backward, x[:, :4], torch.arange(4).expand(3, -1), 8).shape == (3, 8, 5)
 
 
 def test_key_tokens_and_gather_tokens() -> None:
