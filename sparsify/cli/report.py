@@ -38,6 +38,10 @@ def add(commands: Any) -> None:
     parser.add_argument("runs", metavar="RUN", type=Path, nargs="+", help="run folders of `sparsify train`")
     parser.add_argument("--output", metavar="DIR", type=Path, default=Path("report"), help="folder of the page")
     parser.add_argument("--data", metavar="ROOT", type=Path, help="data folder that judged the runs")
+    for name in ("train", "val", "test"):
+        parser.add_argument(
+            f"--{name}", metavar="FILE", type=Path, help=f"instead of ROOT/annotations/avqa-{name}.json"
+        )
     parser.add_argument("--cache", metavar="DIR", type=Path, help="decoded clips (default: ROOT/cache)")
     parser.add_argument(
         "--clips",
@@ -58,6 +62,12 @@ def add(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     if args.clips == 0:
         raise UsageError("--clips 0: expected at least one clip; without --data no checkpoint is asked")
+    files = {"train": args.train, "val": args.val, "test": args.test}
+    if args.data is None and (named := [name for name, file in files.items() if file is not None]):
+        raise UsageError(f"--{named[0]}: expected --data ROOT with it; without it no checkpoint is asked")
+    from sparsify.data.music_avqa import DataRoot
+
+    root = None if args.data is None else DataRoot(args.data, **files)
     names = _labels(args.label, args.runs)
     from sparsify.report.runs import group_runs, load_run
 
@@ -69,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     args.output.mkdir(parents=True, exist_ok=True)
     from sparsify.report.build import build
 
-    page = build(groups, args.output, args.data, cache=args.cache, clips=args.clips, quiet=not sys.stderr.isatty())
+    page = build(groups, args.output, root, cache=args.cache, clips=args.clips, quiet=not sys.stderr.isatty())
     print(page)
     return 0
 

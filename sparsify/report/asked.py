@@ -40,19 +40,15 @@ class Asker:
         self,
         groups: Sequence[Group],
         output: Path,
-        data: Path | None,
+        data: DataRoot | None,
         cache: Path | None = None,
         clips: int | None = None,
     ) -> None:
-        self.groups, self.output, self.data, self.clips = groups, output, data, clips
-        self.cache_folder = cache or (data / "cache" if data is not None else None)
+        self.groups, self.output, self.clips = groups, output, clips
+        self.cache_folder = cache or (data.root / "cache" if data is not None else None)
         self.answers = probe.Answers(output / "probe.json")
         self.why: list[str] = [] if data is not None else [f"No data folder was named: {HOW}"]
-        self._root: DataRoot | None = None
-        if data is not None:
-            from sparsify.data.music_avqa import DataRoot
-
-            self._root = DataRoot(data)
+        self._root = data
 
     def sections(self, advance: Advance) -> dict[str, Section]:
         """The three sections by their keys in ``TITLES``."""
@@ -115,7 +111,7 @@ class Asker:
             run = group.runs[0]
             split = self._split(run)
             if run.best is None or split is None:
-                lacks = "has no best/ to ask" if run.best is None else f"was not judged by a split of {self.data}"
+                lacks = "has no best/ to ask" if run.best is None else f"was not judged by a split of {self._root.root}"
                 self.why.append(f"{group.name} is left out: {run.folder} {lacks}.")
                 continue
             try:

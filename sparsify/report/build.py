@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from sparsify.config import Config
+from sparsify.data.music_avqa import DataRoot
 from sparsify.errors import SparsifyError, UsageError
 from sparsify.progress import progress_bar
 from sparsify.report import cost, figures, figures_cost, figures_probe, kept, probe, tables
@@ -27,7 +28,7 @@ PAGE = "index.html"
 def build(
     groups: Sequence[Group],
     output: Path,
-    data: Path | None = None,
+    data: DataRoot | None = None,
     *,
     cache: Path | None = None,
     clips: int | None = None,
@@ -39,12 +40,12 @@ def build(
         groups: from ``group_runs``.
         output: an existing folder; its ``probe.json`` and ``cost.json`` keep what was computed.
         data: the data folder that judged the runs; None leaves out what checkpoints would have to be asked.
-        cache: decoded clips; ``data/cache`` by default.
+        cache: decoded clips; ``cache/`` in the data folder by default.
         clips: how many videos, spread over the judged split, checkpoints are asked about; None: all.
         quiet: no progress bar.
 
     Raises:
-        DataError: ``data`` is no data folder.
+        DataError: an annotation file of ``data`` cannot be read.
         UsageError: ``output`` cannot be written.
     """
     from matplotlib import rc_context
@@ -79,7 +80,7 @@ def _finished(groups: Sequence[Group]) -> list[Group]:
     return [Group(group.name, runs, group.number) for group, runs in kept if runs]
 
 
-def _types(groups: Sequence[Group], data: Path | None) -> Section:
+def _types(groups: Sequence[Group], data: DataRoot | None) -> Section:
     judged: dict[str, list[Group]] = {}  # by the fingerprint of the split
     for group in _finished(groups):
         judged.setdefault(str(group.runs[0].fingerprint), []).append(group)
@@ -167,7 +168,7 @@ def _count(config: Config) -> list[list]:
     return [[variant.name, [list(stage) for stage in variant.stages]] for variant in cost.count(config)]
 
 
-def _kept(groups: Sequence[Group], data: Path | None) -> Section:
+def _kept(groups: Sequence[Group], data: DataRoot | None) -> Section:
     title = "What the key subset keeps"
     selecting = [group for group in groups if group.config.select.skip > 0 and not group.config.dense]
     if not selecting:

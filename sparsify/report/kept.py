@@ -13,7 +13,7 @@ from sparsify.report.runs import Run
 from sparsify.seal import standing
 
 if TYPE_CHECKING:
-    from sparsify.data.music_avqa import Question
+    from sparsify.data.music_avqa import DataRoot, Question
     from sparsify.training.selectors import Sample
 
 __all__ = ["PART", "Kept", "Share", "kept_by_paper"]
@@ -44,7 +44,7 @@ class Kept(NamedTuple):
     share: float  # of all questions
 
 
-def kept_by_paper(run: Run, data: Path | None) -> Kept:
+def kept_by_paper(run: Run, data: DataRoot | None) -> Kept:
     """The quarter of the run's samples that the paper's rule chooses; ``data`` is the data folder, should the run's
     training file no longer be where it was.
 
@@ -55,7 +55,7 @@ def kept_by_paper(run: Run, data: Path | None) -> Kept:
 
     unit = run.config.select.unit
     moved = data is not None and not Path(read_state(standing(run.folder / "last")).train_file).exists()
-    file = data / "annotations" / "avqa-train.json" if data is not None and moved else None
+    file = data.annotation_path("train") if data is not None and moved else None
     records = read_records(run.folder, unit, file)
     samples = records.samples
     chosen = SELECTORS["paper"](samples, max(1, round(PART * len(samples))), 0)

@@ -9,10 +9,12 @@ used is not known.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from sparsify.data.templates import TYPES
+
+if TYPE_CHECKING:
+    from sparsify.data.music_avqa import DataRoot
 
 __all__ = ["UPDATED_V1", "V1", "V2", "Published", "edition_of"]
 
@@ -76,20 +78,18 @@ V1: tuple[Published, ...] = (
 V2: tuple[Published, ...] = (Published("Sparsify (paper)", "Diao et al., ACL 2025, arXiv 2506.01319", 81.30),)
 
 
-def edition_of(types: Mapping[str, Mapping[str, Any]], fingerprint: str | None, data: Path | None) -> str | None:
+def edition_of(types: Mapping[str, Mapping[str, Any]], fingerprint: str | None, data: DataRoot | None) -> str | None:
     """``v1``, ``v2.0``, or None for a split that no published number is about.
 
-    The updated v1 test is known by how many questions of each type were ``asked``. Another release is known by its file
-    in the data folder ``data``, if that is what the run was judged by; a folder that `sparsify synth` rendered is none.
+    The updated v1 test is known by how many questions of each type were ``asked``; the first release of v1, with other
+    numbers, is none of the published ones that were checked. v2.0 is known by its file in the data folder ``data``, if
+    that is what the run was judged by; a folder that `sparsify synth` rendered is none.
     """
     if {name: group["asked"] for name, group in types.items()} == UPDATED_V1:
         return "v1"
-    if data is None or (data / "scenes.jsonl").exists():
+    if data is None or (data.root / "scenes.jsonl").exists():
         return None
-    from sparsify.data.music_avqa import DataRoot
-
-    root = DataRoot(data)
-    split = root.split("test") if root.has("test") else None
-    if split is None or split.fingerprint != fingerprint or split.edition is None:
+    split = data.split("test") if data.has("test") else None
+    if split is None or split.fingerprint != fingerprint:
         return None
-    return "v2.0" if "v2.0" in split.edition else "v1"
+    return "v2.0" if split.edition is not None and "v2.0" in split.edition else None

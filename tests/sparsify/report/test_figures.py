@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -76,6 +77,34 @@ def test_the_updated_v1_split_is_known_by_its_counts(make_run: Make) -> None:
     assert edition_of(other.by_type(), other.fingerprint, None) is None
 
 
+@pytest.mark.parametrize(
+    ("edition", "fingerprint", "scenes", "expected"),
+    [
+        ("MUSIC-AVQA v2.0", "0123456789ab", False, "v2.0"),
+        ("MUSIC-AVQA v2.0", "0123456789ab", True, None),  # rendered by sparsify synth
+        ("MUSIC-AVQA v2.0", "ba9876543210", False, None),  # not what judged the run
+        ("MUSIC-AVQA v1 test, first release", "0123456789ab", False, None),  # published rows are of the update
+        (None, "0123456789ab", False, None),
+    ],
+)
+def test_another_release_is_known_by_the_file_that_judged_the_run(
+    make_run: Make, tmp_path: Path, edition: str | None, fingerprint: str, scenes: bool, expected: str | None
+) -> None:
+    class Root:
+        root = tmp_path
+
+        def has(self, name: str) -> bool:
+            return name == "test"
+
+        def split(self, name: str) -> SimpleNamespace:
+            return SimpleNamespace(edition=edition, fingerprint=fingerprint)
+
+    if scenes:
+        (tmp_path / "scenes.jsonl").touch()
+    run = load_run(make_run("run"))
+    assert edition_of(run.by_type(), run.fingerprint, Root()) == expected
+
+
 def test_subsets_are_bars_with_their_spread(make_run: Make, tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text(json.dumps({"selector": "random", "seed": 0}))
     subset = {"select.subset": str(tmp_path / "r.json")}
@@ -100,7 +129,7 @@ def test_subsets_are_bars_with_their_spread(make_run: Make, tmp_path: Path) -> N
 def test_training_time_is_a_share_of_dense(make_run: Make) -> None:
     chart = figures.training_time(
         groups(
-            make_run("dense", {"dense": True}, seconds=600.0, epochs=(0.5, 0.6, 0.7)),
+            make_run("dense", {"dense": True}, seconds=600.0, epochs=(0.5, 0.9, 0.7)),  # overfits
             make_run("sparse", {"select.skip": 0.5}, seconds=240.0, epochs=(0.5, 0.7, 0.8), videos_skipped=0.3),
         )
     )
@@ -110,6 +139,17 @@ def test_training_time_is_a_share_of_dense(make_run: Make) -> None:
     assert texts(axes) == ["10.0 minutes", "4.0 minutes\n  0.40x of dense, 30 % of the videos not encoded"]
     (reached,) = lines(axes, "reached")
     assert list(reached.get_xdata()) == pytest.approx([160 / 60])  # the second of three epochs
+
+
+def test_no_diamond_where_a_seed_never_reaches_what_dense_ends_with(make_run: Make) -> None:
+    chart = figures.training_time(
+        groups(
+            make_run("dense", {"dense": True}, epochs=(0.5, 0.7)),
+            make_run("a", {"select.skip": 0.5, "train.seed": 0}, epochs=(0.5, 0.8)),
+            make_run("b", {"select.skip": 0.5, "train.seed": 1}, epochs=(0.5, 0.6)),
+        )
+    )
+    assert lines(chart.figure.axes[0], "reached") == []
 
 
 def test_what_is_said_of_a_training_time_is_not_cut_off(make_run: Make) -> None:
