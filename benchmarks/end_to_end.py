@@ -4,7 +4,8 @@
 
 *encoders*: Swin-V2-T at 256 px and HTS-AT with a half and a quarter of their units, and ``dense=True``, against the
 libraries' own forward of all tokens. *model*: a training step with masks and merging against ``dense=True``. *clips*:
-the same as clips grow from 4 to 60 frames at one a second. Everything that masking costs is inside the times: the draw,
+the same as clips grow from 4 to 60 frames at one a second. On a GPU, in bf16 and with batches that fill it, times are
+shares of the faster of the baseline and the same compiled. Everything that masking costs is inside the times: the draw,
 the gather of kept units, the plan. Runs that are compared take turns, and medians are compared. Memory is the peak
 beyond weights, their gradients, the optimiser's state and the input: of tensors, and on a CPU of the pages of a process
 of its own, which hold what kernels and allocators take as well.
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import platform
@@ -44,6 +46,7 @@ from sparsify_kernels.testing import peak_memory, peak_of_tensors
 
 TABLES = ("encoders", "model", "clips")
 WORDS = 14
+COMPILED = ", compiled"  # of a name
 Functions = dict[str, Callable[[], None]]
 
 
@@ -54,11 +57,13 @@ class Case(NamedTuple):
     name: str
     functions: Callable[[str, int], Functions]
     size: int  # images or videos
+    gpu_size: int = 1  # so many on a GPU
     rounds: int = 7
 
 
 class Row(NamedTuple):
-    """One call against the baseline: shares of its FLOP, time and peak memory, and what that took.
+    """One call against the baseline: shares of its FLOP, time (or the compiled baseline's, if that is faster) and peak
+    memory, and what that took.
 
     ``pages`` is the share of the process's memory, ``None`` on a GPU.
     """
@@ -77,10 +82,10 @@ class Row(NamedTuple):
 
 def cases() -> Iterator[Case]:
     for passes in ("forward", "forward + backward"):
-        yield Case("encoders", f"Swin-V2-T, {passes}", lambda d, n, p=passes: encoder_calls(vision(), d, n, p), 8)
-        yield Case("encoders", f"HTS-AT, {passes}", lambda d, n, p=passes: encoder_calls(audio(), d, n, p), 8)
+        yield Case("encoders", f"Swin-V2-T, {passes}", lambda d, n, p=passes: encoder_calls(vision(), d, n, p), 8, 128)
+        yield Case("encoders", f"HTS-AT, {passes}", lambda d, n, p=passes: encoder_calls(audio(), d, n, p), 8, 128)
     step = partial(model_calls, frames=10, segments=6)
-    yield Case("model", "training step, 10 frames, 6 segments", step, 1)
+    yield Case("model", "training step, 10 frames, 6 segments", step, 1, 8)
     for frames in (4, 10, 20, 40, 60):
         step = partial(model_calls, frames=frames, segments=-(-frames // 10))
         yield Case("clips", f"training step, {frames} s", step, 1, rounds=3)
@@ -114,11 +119,14 @@ def encoder_calls(encoder: VisionEncoder | AudioEncoder, device: str, images: in
 
     images_whole = from_units(units, unit, (grid, grid)).float()
 
-    def library() -> None:
-        with torch.set_grad_enabled(backward), autocast(device):
-            x = _forward_of_the_library(encoder, images_whole)
-            if backward:
-                x.float().square().mean().backward()
+    def library(forward: Callable[..., Tensor]) -> Callable[[], None]:
+        def call() -> None:
+            with torch.set_grad_enabled(backward), autocast(device):
+                x = forward(encoder, images_whole)
+                if backward:
+                    x.float().square().mean().backward()
+
+        return call
 
     def dense() -> None:
         with torch.set_grad_enabled(backward), autocast(device):
@@ -136,7 +144,10 @@ def encoder_calls(encoder: VisionEncoder | AudioEncoder, device: str, images: in
 
         return call
 
-    return {"library": library, "dense=True": dense, "keep 1/2": masked(0.5), "keep 1/4": masked(0.25)}
+    calls = {"library": library(_forward_of_the_library)}
+    if device == "cuda":
+        calls["library" + COMPILED] = library(torch.compile(_forward_of_the_library))
+    return calls | {"dense=True": dense, "keep 1/2": masked(0.5), "keep 1/4": masked(0.25)}
 
 
 def _forward_of_the_library(encoder: VisionEncoder | AudioEncoder, images: Tensor) -> Tensor:
@@ -181,11 +192,13 @@ def model_calls(device: str, videos: int, frames: int, segments: int) -> Functio
         _give_gradients(model)
         optimiser.step()  # makes its state
 
-    def step(model: SparsifyModel, masks: Masking | None) -> Callable[[], None]:
+    def step(model: SparsifyModel, masks: Masking | None, *, compiled: bool = False) -> Callable[[], None]:
+        answer = torch.compile(model) if compiled else model
+
         def call() -> None:
             optimisers[model].zero_grad(set_to_none=False)
             with autocast(device):
-                loss = F.cross_entropy(model(video, questions, masks).float(), target)
+                loss = F.cross_entropy(answer(video, questions, masks).float(), target)
             loss.backward()
             optimisers[model].step()
 
@@ -194,7 +207,10 @@ def model_calls(device: str, videos: int, frames: int, segments: int) -> Functio
     def draw() -> None:
         draw_units(video, masking, config, sparse.vision.masked, sparse.audio.masked)
 
-    return {"dense": step(dense, None), "masks and merging": step(sparse, masking), "of it: draw, gather, plan": draw}
+    calls = {"dense": step(dense, None)}
+    if device == "cuda":
+        calls["dense" + COMPILED] = step(dense, None, compiled=True)
+    return calls | {"masks and merging": step(sparse, masking), "of it: draw, gather, plan": draw}
 
 
 def _on(x: Any, device: str) -> Any:
@@ -215,11 +231,11 @@ def measure(case: Case, device: str, rounds: int) -> list[Row]:
     """A row for each call but the baseline."""
     # First, while this process holds no models: the largest case fills most of a small machine.
     memory = {name: _memory_of(case, name, device) for name in list(case.functions(device, 1))}
-    functions = case.functions(device, case.size)
-    flop = {name: _flop(call) for name, call in functions.items()}
-    seconds = _take_turns(functions, rounds, device)
+    functions = case.functions(device, _size(case, device))
     first = next(iter(functions))
-    base = (flop[first], seconds[first], memory[first].tensors)
+    flop = {name: _flop(functions[name.removesuffix(COMPILED)]) for name in functions}  # compiled, nobody counts
+    seconds = _take_turns(functions, rounds, device)
+    base = (flop[first], min(seconds[first], seconds.get(first + COMPILED, math.inf)), memory[first].tensors)
     pages = {name: peak.pages for name, peak in memory.items() if peak.pages is not None}
     return [
         Row(
@@ -237,6 +253,10 @@ def measure(case: Case, device: str, rounds: int) -> list[Row]:
         for name in functions
         if name != first
     ]
+
+
+def _size(case: Case, device: str) -> int:
+    return case.gpu_size if device == "cuda" else case.size
 
 
 def _flop(call: Callable[[], None]) -> int:
@@ -273,7 +293,7 @@ class Peak(NamedTuple):
 def _memory_of(case: Case, name: str, device: str) -> Peak:
     """In a process of its own."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak, (case.table, case.name, case.size, name, device))
+        return pool.apply(_peak, (case.table, case.name, _size(case, device), name, device))
 
 
 def _peak(table: str, case_name: str, size: int, name: str, device: str) -> Peak:

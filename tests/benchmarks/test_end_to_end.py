@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import end_to_end
@@ -31,6 +32,19 @@ def test_a_measured_case() -> None:
     assert rows["dense=True"].memory == pytest.approx(1, abs=0.01)
     assert rows["keep 1/4"].flop <= 0.247
     assert all(row.time > 0 and row.pages is not None and row.pages > 0 for row in rows.values())
+
+
+def test_times_are_shares_of_the_faster_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
+    def multiply() -> None:
+        torch.ones(2, 2) @ torch.ones(2, 2)
+
+    seconds = {"dense": 4.0, "dense" + end_to_end.COMPILED: 2.0, "masks": 1.0}
+    case = end_to_end.Case("model", "a step", lambda device, size: dict.fromkeys(seconds, multiply), 1)
+    monkeypatch.setattr(end_to_end, "_memory_of", lambda *_: end_to_end.Peak(100, 100))
+    monkeypatch.setattr(end_to_end, "_take_turns", lambda *_: seconds)
+    rows = {row.name: row for row in end_to_end.measure(case, "cpu", rounds=1)}
+    assert list(rows) == ["dense" + end_to_end.COMPILED, "masks"]
+    assert (rows["masks"].time, rows["masks"].base_ms) == (0.5, 2000.0)
 
 
 def test_a_table_has_a_line_for_each_row() -> None:
