@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from sparsify_kernels._registry import NAMESPACE
 
@@ -22,15 +24,18 @@ MEMORY_OPS = frozenset(
 
 class RecordedOps(TorchDispatchMode):
     """``with RecordedOps() as ops: ...``: ``ops.names`` are the operations that reached the dispatcher, in order, as
-    ``aten::new_empty``."""
+    ``aten::new_empty``; ``ops.largest`` is how many elements the largest tensor has that one of them returned."""
 
     def __init__(self) -> None:
         super().__init__()
         self.names: list[str] = []
+        self.largest = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.names.append(func.name().split(".")[0])
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **(kwargs or {}))
+        self.largest = max([self.largest, *(x.numel() for x in tree_leaves(out) if isinstance(x, Tensor))])
+        return out
 
 
 class Traced(NamedTuple):

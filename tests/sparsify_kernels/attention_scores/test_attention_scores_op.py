@@ -113,6 +113,17 @@ def test_compiles_without_graph_breaks(dynamic: bool) -> None:
     assert_compiles(attention_scores, q, k, dynamic=dynamic)
 
 
+def test_compiled_with_sizes_and_numbers_that_change() -> None:
+    compiled = torch.compile(attention_scores, fullgraph=True, dynamic=True, backend="aot_eager")
+    for samples, queries, keys, scale in ((2, 5, 9, 0.5), (3, 70, 33, 0.25), (4, 600, 65, 1.5)):
+        inputs = attention_inputs(AttentionShape(samples, 2, queries, keys, 16, 8), bias=True, valid=True)
+        leaves = [inputs[n].requires_grad_() for n in ("q", "k", "v", "key_bias")]
+        results = [f(**inputs, scale=scale) for f in (compiled, attention_scores)]
+        grads = [torch.autograd.grad(r.received.square().sum() + r.output.square().sum(), leaves) for r in results]
+        for ours, theirs in zip((*results[0], *grads[0]), (*results[1], *grads[1]), strict=True):
+            assert torch.equal(ours, theirs)
+
+
 def test_autocast_casts_q_k_v_and_nothing_else() -> None:
     inputs = attention_inputs(SMALL, bias=True)
     leaves = [inputs[n].requires_grad_() for n in ("q", "k", "v", "key_bias")]

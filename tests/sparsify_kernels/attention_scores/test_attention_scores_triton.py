@@ -143,6 +143,15 @@ def test_pytorch_does_nothing_but_allocate(shape: AttentionShape, dtype: torch.d
     assert len(launches) > 5
 
 
+@pytest.mark.parametrize("queries", [60, 200])  # one pass, two
+def test_no_tensor_is_as_large_as_queries_times_keys(queries: int) -> None:
+    args = arguments(AttentionShape(1, 1, queries, 300, 4, 4), bias=True, valid=True)
+    with RecordedOps() as seen:
+        received, output, lse = FORWARD(*args, None)
+        BACKWARD(received, output, *args, output, lse, None, ALL)
+    assert 300 * 4 <= seen.largest < queries * 300 / 4
+
+
 @PASSES
 @pytest.mark.parametrize("layout", LAYOUTS[1:])
 def test_layout_changes_nothing(shape: AttentionShape, layout: str) -> None:

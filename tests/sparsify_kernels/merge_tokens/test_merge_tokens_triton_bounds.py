@@ -202,3 +202,12 @@ def test_pytorch_only_allocates() -> None:
     with RecordedOps() as trace:
         reference.merge_tokens(*args)
     assert "aten::mm" in trace.names  # or nothing was recorded
+
+
+@pytest.mark.usefixtures("_unchecked")
+def test_no_tensor_is_as_large_as_tokens_times_keys() -> None:
+    args = [a.to(DEVICE) for a in arguments(merge_inputs(MergeShape(1, 200, 100, 4, 4), weight=True, valid=True))]
+    with RecordedOps() as trace:
+        out = kernels.merge_tokens(*args)
+        kernels.merge_tokens_backward(out[0], out[1], args[0], args[4], *out, [True, True])
+    assert 200 * 4 <= trace.largest < 200 * 100 / 4
