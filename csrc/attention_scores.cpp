@@ -259,6 +259,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> attention_scores_backward(
   check(grad_received, "grad_received", dtype, {in.samples, in.keys});
   check(grad_output, "grad_output", q.scalar_type(), {in.samples, in.heads, in.queries, in.value_dim});
   check(lse, "lse", dtype, {in.samples, in.heads, in.queries});
+  STD_TORCH_CHECK(wanted.size() == 4, "attention_scores_backward: wanted must be four flags, got ", wanted.size());
   args.grad_received = table_of(grad_received);
   args.grad_output = grad_output.has_value() && in.value_dim > 0 ? heads_of(*grad_output) : Heads{};
   args.lse = heads_of(lse);

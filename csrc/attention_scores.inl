@@ -15,7 +15,8 @@ class Forward {
     Forward work(args, slab);
     for (int64_t item = begin; item < end; ++item) {
       const int64_t s = item % args.slabs, h = item / args.slabs % args.in.heads, b = item / args.slabs / args.in.heads;
-      work.template head<T>(b, h, s * slab, smaller((s + 1) * slab, args.in.queries), item);
+      const int64_t first = smaller(s * slab, args.in.queries);  // the last slabs of very many queries may be empty
+      work.template head<T>(b, h, first, smaller(first + slab, args.in.queries), item);
     }
   }
 
