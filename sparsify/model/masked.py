@@ -38,11 +38,7 @@ class _Masked:
     grid: int  # mask units along one side of an image
     unit_tokens: list[int]  # tokens along one side of a unit, in the blocks of each stage
     cuts: list[list[Cut]]  # of each block of each stage
-
-    @property
-    def needs(self) -> tuple[int, frozenset[Cut]]:
-        """Grid and cuts, all that a plan depends on: encoders that need the same share one, whatever their depths."""
-        return self.grid, frozenset(cut for stage in self.cuts for cut in stage)
+    needs: tuple[int, tuple[Cut, ...]]  # grid and cuts, all that a plan depends on: who needs the same shares one
 
     def plan(self, image: Tensor, unit: Tensor, images: int) -> UnitPlan:
         """The plan of units ``unit`` of ``image`` (int64 [M] each; images ascending) for this encoder."""
@@ -86,6 +82,7 @@ class _Masked:
         self.cuts = [
             [Cut(u, window, shift) for window, shift in stage] for u, stage in zip(self.unit_tokens, cuts, strict=True)
         ]
+        self.needs = self.grid, tuple(sorted({cut for stage in self.cuts for cut in stage}))
         for stage, blocks in enumerate(self.cuts):
             for _, window, _ in blocks:
                 if (side >> stage) % window:

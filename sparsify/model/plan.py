@@ -57,7 +57,7 @@ class UnitPlan:
 
         Raises ``ValueError`` for a cut whose windows do not tile the grid.
         """
-        windows = {cut: _windows(image, unit, images, grid, cut) for cut in sorted(set(cuts))}
+        windows = {cut: _windows(image, unit, images, grid, cut) for cut in dict.fromkeys(cuts)}
         return UnitPlan(image, unit, images, grid, windows)
 
     def split(self, images: int, units: int) -> tuple[UnitPlan, UnitPlan]:

@@ -69,7 +69,7 @@ class MetricsLog:
                 for name, value in values.items():
                     if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
                         self._board.add_scalar(f"{kind}/{name}", value, step)
-            except OSError:
+            except OSError:  # of its writing thread, some time ago
                 self._leave_board()  # the JSON lines hold the same numbers
         return f"{self._path}: cannot be written: {error}; its lines wait for room" if error and first else ""
 

@@ -81,7 +81,7 @@ def test_examples_are_of_the_model_that_the_page_is_about(
         assert main(["report", str(tmp_path / f"run-{seed}"), *command]) == 0
         pages.append((tmp_path / "report" / "index.html").read_text())
     assert pages[2] == pages[0]
-    assert len(list((tmp_path / "report").glob("example-*.png"))) == 2 * 3
+    assert len(list((tmp_path / "report").glob("example-*.png"))) == 2 * 2  # models, clips
 
 
 def test_likeness_compares_neighbours_in_the_direction_that_it_names() -> None:
