@@ -29,7 +29,7 @@ examples:
 
 selectors:
   paper       the most kept, earlier epochs counting more (Diao et al., ACL 2025)
-  random      every sample alike: what a subset has to beat, and did not in docs/results.md
+  random      every sample alike: what a subset has to beat; in docs/results.md none did
   robust      paper, without the tenth with the highest losses; what is asked already counts less
   stratified  paper within each question type and template, which keep their shares"""
 
