@@ -139,7 +139,8 @@ def ungrouped_seconds(paths: Paths) -> float:
     The same questions, each about a video of its own: a second root whose videos are links to the first one's.
     """
     root, run = paths.output / "ungrouped", paths.output / "ungrouped-dense"
-    _ungroup(paths.data, root)
+    if not (run / "results.json").exists():
+        _ungroup(paths.data, root)
     options = (*SETTING, "dense=true", "train.epochs=1")
     train_once(root, run, options, paths.jobs, "--cache", paths.data / "cache")
     return json.loads((run / "results.json").read_text(encoding="utf-8"))["seconds"]["train"]
