@@ -330,7 +330,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.end_to_end", description=__doc__.split("\n\n")[0])
     parser.add_argument("--json", metavar="FILE", type=Path, help="write the rows there, too")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu (fp32); cuda is bf16")
-    parser.add_argument("--quick", action="store_true", help="3 rounds in all tables; otherwise 7, and 3 in clips (one of the longest)")
+    quick = "3 rounds in all tables; otherwise 7, and 3 in clips (one of the longest)"
+    parser.add_argument("--quick", action="store_true", help=quick)
     parser.add_argument("--only", choices=TABLES, help="one table of the three")
     args = parser.parse_args(arguments)
     if args.device == "cuda" and not torch.cuda.is_available():
