@@ -182,11 +182,17 @@ def test_every_row_is_a_configuration(reproduce):
     paper = Config.preset("demo").with_options([*reproduce.SETTING, *paper.options])
     assert (paper.select.unit, paper.select.skip) == ("question", 0.5)
     assert [paper.keep_at(epoch) for epoch in range(5)] == [0.5, 0.5, 0.5, 1, 1]
-    for row in reproduce.ROWS:
+    for row in (*reproduce.ROWS, *reproduce.BESIDE):
         config = Config.preset("demo").with_options([*reproduce.SETTING, *row.options])
         assert config.dense == (row.name == "dense")
         masked = {config.keep_at(epoch) for epoch in range(config.train.epochs)}
         assert (0.5 in masked) == (row.name not in ("dense", "merging", "selection"))
+
+
+def test_rows_beside_are_made_when_asked_for_alone(reproduce):
+    assert reproduce.chosen(None) == list(reproduce.ROWS)
+    assert [row.name for row in reproduce.chosen(["stratified subset"])] == ["dense", "stratified subset"]
+    assert len({row.name for row in (*reproduce.ROWS, *reproduce.BESIDE)}) == len(reproduce.ROWS) + 2
 
 
 def test_every_number_of_every_run_is_written_down(reproduce, tmp_path):
