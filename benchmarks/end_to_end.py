@@ -2,7 +2,7 @@
 
     python -m benchmarks.end_to_end [--json FILE] [--device cpu|cuda] [--quick] [--only TABLE]
 
-*encoders*: Swin-V2-T at 256 px and HTS-AT with a half and a quarter of their units, and ``dense=True``, against the
+*encoders*: Swin-V2-T at 256 px and HTS-AT with all, half and a quarter of their units, and ``dense=True``, against the
 libraries' own forward of all tokens. *model*: a training step with masks and merging against ``dense=True``. *clips*:
 the same as clips grow from 4 to 60 frames at one a second. On a GPU, in bf16 and with batches that fill it, times are
 shares of the faster of the baseline and the same compiled. Everything that masking costs is inside the times: the draw,
@@ -23,6 +23,8 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -101,7 +103,7 @@ def audio() -> AudioEncoder:
 
 
 def encoder_calls(encoder: VisionEncoder | AudioEncoder, device: str, images: int, passes: str) -> Functions:
-    """An encoder over ``images`` random images in units: dense, and with a half and a quarter of them."""
+    """An encoder over ``images`` random images in units: dense, and masked, with all, a half and a quarter of them."""
     encoder.to(device).train()
     grid, unit = encoder.config.units, encoder.config.unit
     values = 3 * unit**2 if isinstance(encoder, VisionEncoder) else unit**2
@@ -137,7 +139,8 @@ def encoder_calls(encoder: VisionEncoder | AudioEncoder, device: str, images: in
         def call() -> None:
             with torch.set_grad_enabled(backward), autocast(device):
                 seed = torch.arange(images, device=device)
-                tokens, index = random_mask(units, keep, seed=seed, grid=(grid, grid), stratified=True)
+                where = {"grid": (grid, grid), "stratified": True} if keep < 1 else {}
+                tokens, index = random_mask(units, keep, seed=seed, **where)
                 image = torch.arange(images, device=device).repeat_interleave(index.shape[1])
                 assert encoder.masked is not None
                 kept = KeptUnits(tokens.flatten(0, 1), encoder.masked.plan(image, index.flatten(), images), images)
@@ -148,7 +151,7 @@ def encoder_calls(encoder: VisionEncoder | AudioEncoder, device: str, images: in
     calls = {"library": library(_forward_of_the_library)}
     if device == "cuda":
         calls["library" + COMPILED] = library(torch.compile(_forward_of_the_library))
-    return calls | {"dense=True": dense, "keep 1/2": masked(0.5), "keep 1/4": masked(0.25)}
+    return calls | {"dense=True": dense, "keep 1": masked(1), "keep 1/2": masked(0.5), "keep 1/4": masked(0.25)}
 
 
 def _forward_of_the_library(encoder: VisionEncoder | AudioEncoder, images: Tensor) -> Tensor:
@@ -230,12 +233,9 @@ def autocast(device: str) -> torch.autocast:
 
 def measure(case: Case, device: str, rounds: int) -> list[Row]:
     """A row for each call but the baseline."""
-    # First, while this process holds no models: the largest case fills most of a small machine.
-    memory = {name: _memory_of(case, name, device) for name in list(case.functions(device, 1))}
-    functions = case.functions(device, _size(case, device))
-    first = next(iter(functions))
-    flop = {name: _flop(functions[name.removesuffix(COMPILED)]) for name in functions}  # compiled, nobody counts
-    seconds = _take_turns(functions, rounds, device)
+    flop, seconds = _apart(_flop_and_seconds, case, device, rounds)
+    memory = {name: _apart(_peak, case, device, name) for name in seconds}
+    first = next(iter(seconds))
     base = (flop[first], min(seconds[first], seconds.get(first + COMPILED, math.inf)), memory[first].tensors)
     pages = {name: peak.pages for name, peak in memory.items() if peak.pages is not None}
     return [
@@ -251,13 +251,29 @@ def measure(case: Case, device: str, rounds: int) -> list[Row]:
             base[1] * 1e3,
             base[2] / 2**20,
         )
-        for name in functions
+        for name in seconds
         if name != first
     ]
 
 
-def _size(case: Case, device: str) -> int:
-    return case.gpu_size if device == "cuda" else case.size
+def _apart(figures: Callable[[Case, str, Any], Any], case: Case, device: str, asked: Any) -> Any:
+    """``figures(case, device, asked)`` in a process of its own, whose memory no other case is left with: the largest
+    ones fill most of a small machine. One that dies, of too little memory most likely, is a ``BrokenProcessPool``.
+    """
+    size = case.gpu_size if device == "cuda" else case.size
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(_figures_of, figures, case.table, case.name, size, device, asked).result()
+
+
+def _figures_of(figures: Callable[[Case, str, Any], Any], table: str, name: str, size: int, *rest: Any) -> Any:
+    case = next(case for case in cases() if (case.table, case.name) == (table, name))
+    return figures(case._replace(size=size), *rest)
+
+
+def _flop_and_seconds(case: Case, device: str, rounds: int) -> tuple[dict[str, int], dict[str, float]]:
+    functions = case.functions(device, case.size)
+    flop = {name: _flop(functions[name.removesuffix(COMPILED)]) for name in functions}  # compiled, nobody counts
+    return flop, _take_turns(functions, rounds, device)
 
 
 def _flop(call: Callable[[], None]) -> int:
@@ -291,16 +307,9 @@ class Peak(NamedTuple):
     pages: int | None
 
 
-def _memory_of(case: Case, name: str, device: str) -> Peak:
-    """In a process of its own."""
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(_peak, (case.table, case.name, _size(case, device), name, device))
-
-
-def _peak(table: str, case_name: str, size: int, name: str, device: str) -> Peak:
-    case = next(case for case in cases() if (case.table, case.name) == (table, case_name))
+def _peak(case: Case, device: str, name: str) -> Peak:
     case.functions(device, 1)[name]()  # what libraries allocate once
-    call = case.functions(device, size)[name]
+    call = case.functions(device, case.size)[name]
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -340,7 +349,11 @@ def main(arguments: list[str] | None = None) -> int:
     rows: list[Row] = []
     for case in cases():
         if args.only in (None, case.table):
-            measured = measure(case, args.device, min(case.rounds, 3) if args.quick else case.rounds)
+            try:
+                measured = measure(case, args.device, min(case.rounds, 3) if args.quick else case.rounds)
+            except BrokenProcessPool:
+                print(f"{case.name}: not measured, its process died: too little memory?", file=sys.stderr, flush=True)
+                continue
             print(*render(measured).splitlines()[2:], sep="\n", file=sys.stderr, flush=True)
             rows += measured
     print(f"{platform.processor() or platform.machine()}, {args.device}, {torch.get_num_threads()} threads")

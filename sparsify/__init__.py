@@ -1,4 +1,4 @@
-"""Sparsify: questions about music videos, answered without computing most of the video."""
+"""Sparsify: questions about music videos, learnt without computing half of the video."""
 
 from __future__ import annotations
 

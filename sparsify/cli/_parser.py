@@ -12,8 +12,8 @@ from sparsify.errors import UsageError
 __all__ = ["Parser", "build_parser", "count", "positive", "seed", "share"]
 
 DESCRIPTION = """\
-Answers questions about music videos without computing most of the video: in training half of the frames and of the
-spectrogram is masked, and what remains is merged into a quarter of the tokens."""
+Learns to answer questions about music videos without computing half of the video: in training half of the frames and
+of the spectrogram is masked and never read, and what remains is merged into a quarter of the tokens."""
 
 EPILOG = """\
 from nothing to an answer:

@@ -1,4 +1,4 @@
-"""``sparsify synth``: render a data set of music performances in MUSIC-AVQA's layout."""
+"""``sparsify synth``: render a data set of music performances in MUSIC-AVQA's format."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from sparsify.errors import UsageError
 __all__ = ["add", "run"]
 
 DESCRIPTION = """\
-Renders a data set in MUSIC-AVQA's own layout: real mp4 files of one to five players, their sound from a General MIDI
+Renders a data set in MUSIC-AVQA's own format: real mp4 files of one to five players, their sound from a General MIDI
 sound font, and questions from the data set's 33 templates with answers that are true by construction. The same seed
 gives the same data set."""
 

@@ -264,13 +264,13 @@ def _target(
     """How a kernel is compiled for ``width`` = d = dv: ``bare`` without bias and validity, else with all there is, on
     whole tiles or ``ragged``. Rows are aligned, their elements next to each other."""
     names = kernel.arg_names
-    key = (width, 2 if dtype == "bf16" else 4)
+    key = (width, 4 if dtype == "fp32" else 2)
     tiles = (None if bare else TILES_WITH_TERMS.get((kernel, *key))) or TILES[kernel][key]
     constants = {**tiles._asdict(), "BD": width, "BDV": width, "EVEN_M": not ragged, "EVEN_N": not ragged}
     constants |= {"EVEN_D": True, "EVEN_DV": True, "HAS_QUERY_VALID": not bare, "ONE_TILE": False, **changes}
-    constants |= {"PRECISION": "ieee" if dtype == "bf16" else PRECISION, "q_d": 1, "k_d": 1, "v_d": 1, "grad_d": 1}
+    constants |= {"PRECISION": PRECISION if dtype == "fp32" else "ieee", "q_d": 1, "k_d": 1, "v_d": 1, "grad_d": 1}
     constants |= {"p_term": None, "p_query_valid": None} if bare else {}
-    constants |= {"p_inverse": None} if dtype == "bf16" else {}
+    constants |= {} if dtype == "fp32" else {"p_inverse": None}
     warps = constants.pop("num_warps")
     constants = {n: c for n, c in constants.items() if n in names or n == "num_stages"}
     tensors = dict.fromkeys(("p_q", "p_k", "p_v", "p_out", "p_grad", "p_dq", "p_dk", "p_dv"), f"*{dtype}:16")
@@ -286,7 +286,23 @@ TARGETS: list[tuple[Any, str, dict[str, Any], int]] = [
         _target(kernel, "bf16" if size == 2 else "fp32", width, ragged=True)
         for kernel, table in TILES.items()
         for width, size in table
-        if (width, size) != (128, 4)
+    ),
+    # d and dv between two blocks; fp16; as few queries or keys as one tile takes.
+    *(
+        _target(kernel, "fp32", 128, ragged=True, EVEN_D=False, EVEN_DV=False)
+        for kernel in TILES
+        if (128, 4) in TILES[kernel]
+    ),
+    *(
+        _target(kernel, "fp16", width, ragged=True)
+        for kernel, table in TILES.items()
+        for width, size in table
+        if size == 2
+    ),
+    *(
+        _target(attend_once, dtype, width, ragged=True, ONE_TILE=True)
+        for dtype in ("bf16", "fp32")
+        for width in (64, 128)
     ),
     *(_target(attend, "bf16", width, bare=True) for width in (64, 128)),
     _target(attend_once, "bf16", 64, bare=True, ragged=True, BM=16, ONE_TILE=True),

@@ -285,6 +285,8 @@ TARGETS: list[tuple[Any, str, dict[str, Any], int]] = [
     (_gather, "*i16 *i64 *i16 i32 i32 i32 i32 i32 i64 i32 i32", {"ROWS": 1, "BLOCK": BLOCK_VALUES}, 4),
     (_gather, "*i64 *i64 *i64 i32 i32 i32 i32 i32 i64 i32 i32", {"ROWS": BLOCK_VALUES, "BLOCK": 1}, 4),
     (rank_rows, "*i64 *i32 *i32 i32 i32 i32", {"QUERIES": 32, "BLOCK": 64}, 4),
-    (sum_rows, "*fp64 *i32 *i32 *fp64 i32 i32 i32 i32 i64 i32 i32", _ONE | {"ROWS": 8, "BLOCK": 256}, 4),
-    (sum_rows, "*bf16 *i32 *i32 *bf16 i32 i32 i32 i32 i64 i32 i32", _ONE | {"ROWS": 8, "BLOCK": 256}, 4),
+    *(
+        (sum_rows, f"*{t} *i32 *i32 *{t} i32 i32 i32 i32 i64 i32 i32", _ONE | {"ROWS": 8, "BLOCK": 256}, 4)
+        for t in ("fp64", "fp32", "bf16", "fp16")
+    ),
 ]

@@ -201,7 +201,12 @@ TARGETS: list[tuple[Any, str, dict[str, Any], int]] = [
     (_select, "*i64 *i64 i32 i32 i32", {"SHARED": True, "LOG_BLOCK": 12}, 8),
     (_select_in_blocks, "*i64 *i64 i32 i32 i32 i32", {"SHARED": True, "ROWS": 4, "COLS": 4}, 4),
     (_select_in_blocks, "*i64 *i64 i32 i32 i32 i32", {"SHARED": False, "ROWS": 32, "COLS": 32}, 4),
-    (_gather, "*u8 *i64 *u8 i32 i32 i64 i32 i32", {"BLOCK": BLOCK_VALUES}, 4),
-    (_gather, "*i64 *i64 *i64 i32 i32 i64 i32 i32", {"BLOCK": BLOCK_VALUES}, 4),
-    (_scatter, "*i32 *i64 *i32 i32 i32 i32 i64 i32 i32", {"STEPS": 6, "BLOCK": BLOCK_VALUES}, 4),
+    *(
+        (_gather, f"*{t} *i64 *{t} i32 i32 i64 i32 i32", {"BLOCK": BLOCK_VALUES}, 4)
+        for t in ("u8", "i16", "i32", "i64")
+    ),
+    *(
+        (_scatter, f"*{t} *i64 *{t} i32 i32 i32 i32 i64 i32 i32", {"STEPS": 6, "BLOCK": BLOCK_VALUES}, 4)
+        for t in ("u8", "i16", "i32", "i64")
+    ),
 ]

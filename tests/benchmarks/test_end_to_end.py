@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from concurrent.futures.process import BrokenProcessPool
+
 import pytest
-import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import end_to_end
@@ -27,7 +28,7 @@ def test_half_the_input_takes_half_of_the_flop_and_of_the_memory(encoder: str) -
 def test_a_measured_case() -> None:
     case = next(end_to_end.cases())
     rows = {row.name: row for row in end_to_end.measure(case._replace(size=2), "cpu", rounds=1)}
-    assert list(rows) == ["dense=True", "keep 1/2", "keep 1/4"]
+    assert list(rows) == ["dense=True", "keep 1", "keep 1/2", "keep 1/4"]
     assert rows["dense=True"].flop == 1
     assert rows["dense=True"].memory == pytest.approx(1, abs=0.01)
     assert rows["keep 1/4"].flop <= 0.247
@@ -35,16 +36,34 @@ def test_a_measured_case() -> None:
 
 
 def test_times_are_shares_of_the_faster_baseline(monkeypatch: pytest.MonkeyPatch) -> None:
-    def multiply() -> None:
-        torch.ones(2, 2) @ torch.ones(2, 2)
-
     seconds = {"dense": 4.0, "dense" + end_to_end.COMPILED: 2.0, "masks": 1.0}
-    case = end_to_end.Case("model", "a step", lambda device, size: dict.fromkeys(seconds, multiply), 1)
-    monkeypatch.setattr(end_to_end, "_memory_of", lambda *_: end_to_end.Peak(100, 100))
-    monkeypatch.setattr(end_to_end, "_take_turns", lambda *_: seconds)
+    case = end_to_end.Case("model", "a step", lambda device, size: {}, 1)
+    asked = {
+        end_to_end._peak: end_to_end.Peak(100, 100),
+        end_to_end._flop_and_seconds: (dict.fromkeys(seconds, 8), seconds),
+    }
+    monkeypatch.setattr(end_to_end, "_apart", lambda figures, *_: asked[figures])
     rows = {row.name: row for row in end_to_end.measure(case, "cpu", rounds=1)}
     assert list(rows) == ["dense" + end_to_end.COMPILED, "masks"]
     assert (rows["masks"].time, rows["masks"].base_ms) == (0.5, 2000.0)
+
+
+def test_a_case_whose_process_dies_is_left_out_and_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of too little memory, say."""
+
+    def killed(case: end_to_end.Case, device: str, rounds: int) -> list[end_to_end.Row]:
+        if case.name == "training step, 60 s":
+            raise BrokenProcessPool
+        return [end_to_end.Row(case.table, case.name, "masks", 0.5, 0.5, 0.5, None, 1.0, 1.0, 1.0)]
+
+    monkeypatch.setattr(end_to_end, "measure", killed)
+    assert end_to_end.main(["--only", "clips"]) == 0
+    out, err = capsys.readouterr()
+    assert "training step, 60 s: not measured, its process died: too little memory?" in err
+    assert "training step, 40 s | masks" in out
+    assert "60 s" not in out
 
 
 def test_a_table_has_a_line_for_each_row() -> None:

@@ -90,6 +90,18 @@ def test_the_reference_is_forced_at_import() -> None:
     assert warned == []  # it was asked for
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("op", ["random_mask", "attention_scores", "key_tokens", "merge_tokens", "window_attention"])
+def test_the_reference_passes_the_tests_of_meanings_and_errors(op: str) -> None:
+    folder = ROOT / "tests" / "sparsify_kernels" / op
+    files = [str(file) for kind in ("op", "contract") for file in folder.glob(f"test_*_{kind}.py")]
+    assert len(files) == 2
+    pytest_ = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-m", "not slow")
+    env = os.environ | {"SPARSIFY_BACKEND": "reference", "SPARSIFY_REQUIRE_EXT": "0"}
+    done = subprocess.run([*pytest_, *files], env=env, capture_output=True, text=True, check=False, cwd=ROOT)
+    assert done.returncode == 0, done.stdout[-4000:]
+
+
 @NEEDS_EXTENSION
 @pytest.mark.parametrize("isa", ["base", "avx2", "avx512", "avx512_bf16", "nonsense"])
 def test_every_instruction_set_gives_the_same_masks(isa: str) -> None:

@@ -122,9 +122,8 @@ PUBLISHED = [
 ]
 
 
-@pytest.mark.parametrize(("name", "size"), PUBLISHED)
-def test_published_encoders(name, size):
-    """Swin-V2-T, -S and -B as timm names them, HTS-AT in its two sizes: one image at 256 px, in fp32."""
+def published(name: str, size: tuple) -> Case:
+    """Swin-V2-T, -S and -B as timm names them, HTS-AT in its two sizes, and one image at 256 px, in fp32."""
     import timm
 
     torch.manual_seed(0)
@@ -134,12 +133,30 @@ def test_published_encoders(name, size):
     else:
         library, wrapper, channels = timm.create_model(name, num_classes=0), MaskedSwinV2, 3
     randomised(library)
-    case = Case(library.eval(), wrapper(library, 32), torch.randn(1, channels, 256, 256))
+    return Case(library.eval(), wrapper(library, 32), torch.randn(1, channels, 256, 256))
+
+
+@pytest.mark.parametrize(("name", "size"), PUBLISHED)
+def test_published_encoders(name, size):
+    case = published(name, size)
     kept = draw(case, 0.5, True)
     with torch.no_grad():
         found, expected = ours(case, kept), oracle(case, kept)
-    assert found.shape == (32, library.num_features)
+    assert found.shape == (32, case.library.num_features)
     assert (found - expected).norm() / expected.norm() < 1e-5
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "size"), PUBLISHED)
+def test_gradients_of_published_encoders(name, size):
+    case = published(name, size)
+    case.library.double()
+    case = case._replace(images=case.images.double())
+    kept = draw(case, 0.5, True)
+    found, expected = ours(case, kept), oracle(case, kept)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    for a, b in zip(gradients(case, found), gradients(case, expected), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("name", ["swin", "htsat"])
