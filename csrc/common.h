@@ -7,6 +7,10 @@
 #include <cstring>
 #include <initializer_list>
 
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
 namespace sparsify {
 
 enum class Isa { base, avx2, avx512 };
@@ -77,6 +81,24 @@ inline bool has_pairs() {
   return __builtin_cpu_supports("avx512bf16") != 0;
 #else
   return false;
+#endif
+}
+
+// Writes a line of 64 bytes, `to` being aligned to its size, past the caches. end_stream() comes before another thread
+// reads it.
+inline void stream_line(void* to, const void* line) {
+#if defined(__SSE2__)
+  for (int part = 0; part < 4; ++part) {
+    _mm_stream_si128(static_cast<__m128i*>(to) + part, _mm_loadu_si128(static_cast<const __m128i*>(line) + part));
+  }
+#else
+  std::memcpy(to, line, 64);
+#endif
+}
+
+inline void end_stream() {
+#if defined(__SSE2__)
+  _mm_sfence();
 #endif
 }
 

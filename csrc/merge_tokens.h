@@ -5,28 +5,7 @@
 
 #include "common.h"
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
-
 namespace sparsify {
-
-// Writes a line of 64 bytes, aligned to its size, past the caches. end_stream() comes before another thread reads it.
-inline void stream_line(void* to, const void* line) {
-#if defined(__SSE2__)
-  for (int part = 0; part < 4; ++part) {
-    _mm_stream_si128(static_cast<__m128i*>(to) + part, _mm_load_si128(static_cast<const __m128i*>(line) + part));
-  }
-#else
-  std::memcpy(to, line, 64);
-#endif
-}
-
-inline void end_stream() {
-#if defined(__SSE2__)
-  _mm_sfence();
-#endif
-}
 
 // Which of a sample's `keys` each of its `token`s is most similar to, by `metric` [N, dim].
 struct AssignJob {

@@ -146,7 +146,9 @@ class Copy {
         bytes_(static_cast<int64_t>(x.element_size())),
         sample_stride_(x.stride(0) * bytes_),
         unit_stride_(x.stride(1) * bytes_),
-        value_stride_(x.stride(2)) {}
+        value_stride_(x.stride(2)),
+        streamed_(tokens.numel() * bytes_ >= kStreamFrom && (value_stride_ == 1 || values_ == 1) &&
+                  row_bytes() % 64 == 0 && reinterpret_cast<uintptr_t>(to_) % 64 == 0) {}
 
   int64_t row_bytes() const {
     return values_ * bytes_;
@@ -162,14 +164,27 @@ class Copy {
       for (int64_t line = 0; line < 1024 && line < row_bytes(); line += 64) {
         __builtin_prefetch(ahead + line);
       }
-      copy_row(to_ + row * row_bytes(), unit, values_, value_stride_, bytes_);
+      char* to = to_ + row * row_bytes();
+      if (streamed_) {
+        for (int64_t line = 0; line < row_bytes(); line += 64) {
+          stream_line(to + line, unit + line);
+        }
+      } else {
+        copy_row(to, unit, values_, value_stride_, bytes_);
+      }
+    }
+    if (streamed_) {
+      end_stream();
     }
   }
 
  private:
+  static constexpr int64_t kStreamFrom = 16 << 20;  // bytes: before they are read, other data would replace them
+
   const char* from_;
   char* to_;
   int64_t values_, kept_, bytes_, sample_stride_, unit_stride_, value_stride_;
+  bool streamed_;  // tokens are written past the caches, which need not read first what is overwritten
 };
 
 // x [B, U, P], seed int64 [] or [B] -> tokens [B, K, P], index int64 [B, K].

@@ -206,6 +206,8 @@ def grad_queries(
     """dq of one tile of queries; program ((b * heads + h) * tiles + tile)."""
     MASKED: tl.constexpr = p_term is not None or not EVEN_N
     EXACT: tl.constexpr = p_inverse is not None
+    # Queries and gradients, held as operands of two products each, would fill the registers.
+    NOTHING_HELD: tl.constexpr = EXACT and BD > 64
     tiles = tl.cdiv(queries, BM)
     i_bh = tl.program_id(0).to(tl.int64) // tiles
     i_b, i_h = i_bh // heads, i_bh % heads
@@ -226,9 +228,15 @@ def grad_queries(
     if p_inverse is not None:
         b_inverse = tl.load(p_inverse + i_bh * queries + o_m, mask=o_m < queries, other=0.0)
     b_dq = tl.zeros((BM, BD), tl.float32)
-    for start in range(0, keys, BN):
+    for start in tl.range(0, keys, BN, disable_licm=NOTHING_HELD):
         o_n = start + tl.arange(0, BN).to(tl.int64)
         b_term, m_n = seen_keys(p_term, o_n, keys)
+        b_ds = tl.zeros((BM, BN), tl.float32) - b_sum[:, None]
+        if p_gain is not None:
+            b_ds += tl.load(p_gain + o_n)[None, :]
+        if p_grad is not None:  # before the keys are there: fewer registers
+            b_v = load_tile(p_v, o_n, m_n, v_n, v_d, value_dim, BDV, MASKED, EVEN_DV)  # [BN, BDV]
+            b_ds += tl.dot(b_grad, tl.trans(b_v), input_precision=PRECISION)
         b_k = load_tile(p_k, o_n, m_n, k_n, k_d, dim, BD, MASKED, EVEN_D)  # [BN, BD]
         b_x = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * factor  # [BM, BN]
         if MASKED:
@@ -236,12 +244,6 @@ def grad_queries(
         b_p = exponential(b_x - (b_base if EXACT else b_base * LOG2E)[:, None], EXACT)
         if p_inverse is not None:
             b_p *= b_inverse[:, None]
-        b_ds = tl.zeros((BM, BN), tl.float32) - b_sum[:, None]
-        if p_gain is not None:
-            b_ds += tl.load(p_gain + o_n)[None, :]
-        if p_grad is not None:
-            b_v = load_tile(p_v, o_n, m_n, v_n, v_d, value_dim, BDV, MASKED, EVEN_DV)  # [BN, BDV]
-            b_ds += tl.dot(b_grad, tl.trans(b_v), input_precision=PRECISION)
         b_ds = b_p * b_ds
         b_dq = tl.dot(operand(b_ds, b_k), b_k, b_dq, input_precision=PRECISION)
     _store_tile(p_dq + i_bh * queries * dim, b_dq * scale, m_live, o_m, queries, dim, BD)

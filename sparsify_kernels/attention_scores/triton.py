@@ -52,7 +52,7 @@ TILES: dict[Any, dict[tuple[int, int], Tiles]] = {
     },
     exact_row_sums: {
         (64, 4): Tiles(32, 32, 8, 1),
-        (128, 4): Tiles(16, 16, 8, 1),
+        (128, 4): Tiles(16, 32, 8, 1),
     },
     grad_keys: {
         (64, 2): Tiles(64, 64, 4, 2),

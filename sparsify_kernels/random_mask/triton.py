@@ -206,7 +206,7 @@ TARGETS: list[tuple[Any, str, dict[str, Any], int]] = [
         for t in ("u8", "i16", "i32", "i64")
     ),
     *(
-        (_scatter, f"*{t} *i64 *{t} i32 i32 i32 i32 i64 i32 i32", {"STEPS": 6, "BLOCK": BLOCK_VALUES}, 4)
+        (_scatter, f"*{t} *i64 *{t} i32 i32 i32 i64 i32 i32", {"STEPS": 6, "BLOCK": BLOCK_VALUES}, 4)
         for t in ("u8", "i16", "i32", "i64")
     ),
 ]
