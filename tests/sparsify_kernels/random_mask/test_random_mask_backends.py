@@ -206,13 +206,15 @@ def test_offsets_beyond_two_to_the_31(backend: str) -> None:
 
 
 @pytest.mark.skipif("cpp" not in FORWARD, reason="the C++ extension is not built")
+@pytest.mark.parametrize("apart", [1, 2])
 @pytest.mark.parametrize("width", [256, 3 * 64 * 61, 64 * 183 + 1])
 @pytest.mark.parametrize("samples", [1, 64])
-def test_large_results_are_written_past_the_caches(samples: int, width: int) -> None:
+def test_large_results_are_written_past_the_caches(samples: int, width: int, apart: int) -> None:
     """From 16 MiB on, in whole lines where rows are made of them; units may begin anywhere in memory."""
     rows = -(-(17 << 20) // width)
     units = 2 * -(-rows // samples)
-    x = torch.randint(0, 256, (samples * units * width + 3,), dtype=torch.uint8)[3:].view(samples, units, width)
+    x = torch.randint(0, 256, (samples * units * width * apart + 3,), dtype=torch.uint8)[3:]
+    x = x.view(samples, units, width, apart)[..., 0]
     tokens, index = FORWARD["cpp"](x, torch.tensor(5), units // 2, 0)
     assert tokens.numel() >= 16 << 20
     expected = reference.random_mask(x, torch.tensor(5), units // 2, 0)
