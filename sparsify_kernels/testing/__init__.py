@@ -42,6 +42,7 @@ from sparsify_kernels.testing.inputs import (
 )
 from sparsify_kernels.testing.memory import (
     Guarded,
+    at_the_edge,
     guarded,
     guarded_memory,
     peak_memory,
@@ -87,6 +88,7 @@ __all__ = [
     "assert_assignment",
     "assert_compiles",
     "assert_same",
+    "at_the_edge",
     "attention_inputs",
     "attention_scores_eager",
     "attention_scores_oracle",

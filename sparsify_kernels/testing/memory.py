@@ -1,10 +1,13 @@
-"""Memory that tells on a kernel: allocations full of NaN, tensors with sentinels around them, and the peak."""
+"""Memory that tells on a kernel: allocations full of NaN, tensors with sentinels around them or nothing after them, and
+the peak."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gc
 import math
+import mmap
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -12,7 +15,15 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["Guarded", "guarded", "guarded_memory", "peak_memory", "peak_of_tensors", "poisoned_memory"]
+__all__ = [
+    "Guarded",
+    "at_the_edge",
+    "guarded",
+    "guarded_memory",
+    "peak_memory",
+    "peak_of_tensors",
+    "poisoned_memory",
+]
 
 T = TypeVar("T")
 
@@ -123,6 +134,20 @@ def guarded(x: Tensor) -> Guarded:
     inside = buffer[MARGIN : MARGIN + x.numel()].view(x.shape)
     inside.copy_(x)
     return Guarded(inside, buffer)
+
+
+def at_the_edge(x: Tensor) -> Tensor:
+    """A contiguous copy of ``x``, in CPU memory, right before a page that nobody may touch: a kernel that reads or
+    writes just behind it is killed (SIGSEGV), whatever it does with what it read. Linux only.
+    """
+    size = x.numel() * x.element_size()
+    room = (size // mmap.PAGESIZE + 1) * mmap.PAGESIZE
+    buffer = torch.frombuffer(mmap.mmap(-1, room + mmap.PAGESIZE), dtype=torch.uint8)  # keeps the pages while it lives
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.mprotect(ctypes.c_void_p(buffer.data_ptr() + room), mmap.PAGESIZE, 0):  # PROT_NONE
+        raise OSError(ctypes.get_errno(), "at_the_edge: mprotect")
+    inside = buffer[room - size : room].view(x.dtype).view(x.shape)
+    return inside.copy_(x)
 
 
 def _sentinel(dtype: torch.dtype) -> float | int | bool:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from sparsify_kernels import _registry
 from sparsify_kernels.random_mask import reference
-from sparsify_kernels.testing import LAYOUTS, guarded, guarded_memory, poisoned_memory
+from sparsify_kernels.testing import LAYOUTS, at_the_edge, guarded, guarded_memory, poisoned_memory
 from sparsify_kernels.testing.bits import assert_same_bits, payload, placed
 
 FORWARD = _registry.implementations("random_mask")
@@ -180,6 +180,20 @@ def test_nothing_outside_the_tensors_is_read_or_written(backend: str, width: int
     assert torch.equal(dx.cpu(), wanted.unsqueeze(2).expand(-1, -1, 33))
     for box in (x, seed, grad, at):
         box.check()
+
+
+@pytest.mark.parametrize("values", [3, 33, 2049])
+@pytest.mark.parametrize("backend", [name for name in FAST if DEVICE[name] == "cpu"])
+def test_nothing_behind_the_last_value_is_read(backend: str, values: int) -> None:
+    """A kernel that tries is killed."""
+    tried = (torch.tensor([1, number]) for number in range(99))
+    seed = next(seed for seed in tried if reference.random_mask(torch.ones(2, 7, 1), seed, 3, 0)[1][1, -1] == 6)
+    seed, x = at_the_edge(seed), at_the_edge(torch.ones(2, 7, values))
+    tokens, index = FORWARD[backend](x, seed, 3, 0)
+    assert (tokens == 1).all()
+    assert index[1, -1] == 6
+    dx = BACKWARD[backend](at_the_edge(tokens), at_the_edge(index), 7)
+    assert dx.sum() == tokens.numel()
 
 
 @pytest.mark.parametrize("backend", ["reference", *FAST])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 from typing import Any
@@ -118,6 +119,22 @@ def test_guarded_sees_writes_on_both_sides(dtype: torch.dtype) -> None:
         guard.buffer[start + offset] = 0
         with pytest.raises(AssertionError, match="before" if offset < 0 else "after"):
             guard.check()
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float64])
+def test_nothing_can_be_read_behind_the_edge(dtype: torch.dtype) -> None:
+    x = torch.arange(1, 1201).to(dtype).view(3, 400)
+    assert torch.equal(testing.at_the_edge(x), x)
+    code = f"""
+import ctypes, torch
+from sparsify_kernels.testing import at_the_edge
+x = at_the_edge(torch.ones(3, 400, dtype={dtype}))
+ctypes.string_at(x.data_ptr(), x.nbytes)
+print("inside", flush=True)
+ctypes.string_at(x.data_ptr() + x.nbytes, 1)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("inside\n", -signal.SIGSEGV)
 
 
 @pytest.mark.parametrize("layout", testing.LAYOUTS)
