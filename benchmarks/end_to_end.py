@@ -90,7 +90,7 @@ def cases() -> Iterator[Case]:
     yield Case("model", "training step, 10 frames, 6 segments", step, 1, 8)
     for frames in (4, 10, 20, 40, 60):
         step = partial(model_calls, frames=frames, segments=-(-frames // 10))
-        rounds = 1 if frames == 60 else 3  # a dense step of 60 s takes a minute of two cores
+        rounds = 1 if frames == 60 else 3  # a dense step of 60 s takes half a minute on two cores
         yield Case("clips", f"training step, {frames} s", step, 1, rounds=rounds)
 
 

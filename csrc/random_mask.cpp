@@ -179,7 +179,7 @@ class Copy {
   }
 
  private:
-  static constexpr int64_t kStreamFrom = 16 << 20;  // bytes: before they are read, other data would replace them
+  static constexpr int64_t kStreamFrom = 16 << 20;  // bytes: more than the caches of a core hold
 
   const char* from_;
   char* to_;

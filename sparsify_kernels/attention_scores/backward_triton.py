@@ -206,7 +206,7 @@ def grad_queries(
     """dq of one tile of queries; program ((b * heads + h) * tiles + tile)."""
     MASKED: tl.constexpr = p_term is not None or not EVEN_N
     EXACT: tl.constexpr = p_inverse is not None
-    # Queries and gradients, held as operands of two products each, would fill the registers.
+    # What is prepared of queries and gradients before the loop and held through it spills registers on sm_120.
     NOTHING_HELD: tl.constexpr = EXACT and BD > 64
     tiles = tl.cdiv(queries, BM)
     i_bh = tl.program_id(0).to(tl.int64) // tiles
