@@ -177,6 +177,7 @@ class Outcome(NamedTuple):
     accuracy: list[float]  # of each seed, on test
     seconds: list[float]
     time: float  # mean over seeds
+    whole: float  # the same with evaluation after each epoch and in the end, and saving
     time_to_dense: float | None  # until the validation accuracy that dense ends with; None: some seed never gets there
     not_encoded: float  # share of the videos of all epochs
     difference: tuple[float, float, float]  # to dense, in points: mean, lower and upper end of the 95 % interval
@@ -199,10 +200,15 @@ def outcomes(rows: Sequence[Row], seeds: Sequence[int], paths: Paths) -> Iterato
             [run["evaluation"]["unmasked"]["accuracy"] for run in runs],
             seconds,
             statistics.fmean(s / base["seconds"]["train"] for s, base in zip(seconds, dense, strict=True)),
+            statistics.fmean(_whole(run) / _whole(base) for run, base in zip(runs, dense, strict=True)),
             statistics.fmean(reached) if len(reached) == len(runs) else None,
             statistics.fmean(run["selection"]["videos_skipped"] for run in runs),
             bootstrap(pairs),
         )
+
+
+def _whole(run: dict[str, Any]) -> float:
+    return sum(run["seconds"][part] for part in ("train", "evaluate", "save"))
 
 
 def _read(run: Path) -> dict[str, Any]:
@@ -242,9 +248,9 @@ def render(found: Sequence[Outcome], seeds: Sequence[int], ungrouped: float) -> 
     dense = statistics.fmean(found[0].seconds)
     lines = [
         f"| row | test accuracy, % ({len(seeds)} seeds: mean, least to most) | against dense, points (95 %) "
-        "| training time / dense | / dense, each question encoding anew | time to dense's accuracy / dense "
-        "| videos not encoded |",
-        "|---|---|---|---|---|---|---|",
+        "| training time / dense | with evaluation and saving / dense | training time / dense, each question encoding "
+        "anew | time to dense's accuracy / dense | videos not encoded |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in found:
         percent = [100 * value for value in row.accuracy]
@@ -252,7 +258,8 @@ def render(found: Sequence[Outcome], seeds: Sequence[int], ungrouped: float) -> 
         reached = "never" if row.time_to_dense is None else f"{row.time_to_dense:.2f}"
         lines.append(
             f"| {row.name} | {statistics.fmean(percent):.1f} ({min(percent):.1f} to {max(percent):.1f}) "
-            f"| {mean:+.1f} ({low:+.1f} to {high:+.1f}) | {row.time:.2f} | {row.time * dense / ungrouped:.3f} "
+            f"| {mean:+.1f} ({low:+.1f} to {high:+.1f}) | {row.time:.2f} | {row.whole:.2f} "
+            f"| {row.time * dense / ungrouped:.3f} "
             f"| {reached} | {row.not_encoded:.0%} |"
         )
     return "\n".join(lines)
@@ -261,9 +268,9 @@ def render(found: Sequence[Outcome], seeds: Sequence[int], ungrouped: float) -> 
 def every_run(rows: Sequence[Row], seeds: Sequence[int], paths: Paths) -> str:
     """Markdown: each run's own numbers."""
     lines = [
-        "| row | seed | test, % | masked, % | best epoch | validation there, % | training, s | steps | videos encoded "
-        "| videos, questions not trained on |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| row | seed | test, % | masked, % | best epoch | validation there, % | training, s | evaluation, s "
+        "| saving, s | steps | videos encoded | videos, questions not trained on |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         for seed in seeds:
@@ -273,7 +280,8 @@ def every_run(rows: Sequence[Row], seeds: Sequence[int], paths: Paths) -> str:
             lines.append(
                 f"| {row.name} | {seed} | {accuracy['unmasked']} | {accuracy.get('masked', '')} "
                 f"| {run['best']['epoch'] + 1} | {100 * run['best']['val_accuracy']:.2f} "
-                f"| {run['seconds']['train']:.0f} | {run['steps']} | {sum(e['videos'] for e in run['history'])} "
+                f"| {run['seconds']['train']:.0f} | {run['seconds']['evaluate']:.0f} | {run['seconds']['save']:.1f} "
+                f"| {run['steps']} | {sum(e['videos'] for e in run['history'])} "
                 f"| {skipped['videos_skipped']:.0%}, {skipped['questions_skipped']:.0%} |"
             )
     return "\n".join(lines)

@@ -151,9 +151,11 @@ def missing(op: str, root: Path) -> set[str]:
 
 def _triton_on_first_call(kernel: str) -> Callable[..., Any]:
     """Triton's function for ``kernel``, imported when called: importing Triton takes longer than importing this
-    package."""
+    package. Triton launches on the current device: here that of the first tensor."""
 
     def triton_kernel(*args: Any) -> Any:
-        return getattr(importlib.import_module(f"{NAMESPACE}.{op_of(kernel)}.triton"), kernel)(*args)
+        run = getattr(importlib.import_module(f"{NAMESPACE}.{op_of(kernel)}.triton"), kernel)
+        with torch.cuda.device_of(next(arg for arg in args if isinstance(arg, torch.Tensor))):
+            return run(*args)
 
     return triton_kernel

@@ -2,8 +2,9 @@
 
 A multiply and an add are two operations; as PyTorch does for its own attention, only products of matrices are counted:
 no softmax, no norms, no sums. What is not computed is not counted: ``window_attention`` counts the pairs of tokens
-that share a window, from the plan, and a backward the products that it computes again. Masking and picking key tokens
-multiply nothing.
+that share a window, from the plan, and a backward the products that it computes again (not what Triton multiplies
+besides where tiles are not full, nor, for the gradient of the bias, at places without a token). Masking and picking key
+tokens multiply nothing.
 
 >>> import torch
 >>> from torch.utils.flop_counter import FlopCounterMode

@@ -24,8 +24,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from sparsify_kernels import Windows
+from sparsify_kernels._checks import check_values
 
 __all__ = ["Cut", "UnitPlan"]
 
@@ -53,11 +55,21 @@ class UnitPlan:
 
     @staticmethod
     def of(image: Tensor, unit: Tensor, *, images: int, grid: int, cuts: Iterable[Cut]) -> UnitPlan:
-        """The plan of the units ``unit`` (int64 [M], each in [0, grid^2)) of ``image`` (int64 [M], in [0, images)).
+        """The plan of the units ``unit`` (int64 [M], in [0, grid^2), none twice in an image) of ``image`` (int64 [M],
+        in [0, images), ascending).
 
-        Raises ``ValueError`` for a cut whose windows do not tile the grid.
+        Raises ``ValueError`` for a cut whose windows do not tile the grid, and for other numbers. These are looked for
+        as the ops look for theirs: where reading a value would wait (on a GPU without ``SPARSIFY_CHECK=1``, inside
+        ``torch.compile``), the windows of such a plan are none, and ``window_attention`` deals with them.
         """
-        windows = {cut: _windows(image, unit, images, grid, cut) for cut in dict.fromkeys(cuts)}
+        right = _right(image, unit, images, grid)
+        readable = not torch.compiler.is_compiling() and not isinstance(right, FakeTensor) and not right.is_meta
+        if readable and check_values(image.device) and not right:
+            raise ValueError(
+                f"UnitPlan: expected image in [0, {images}), ascending, and unit in [0, {grid**2}), each once in an "
+                f"image; got image {_few(image)}, unit {_few(unit)}"
+            )
+        windows = {cut: _windows(image, unit, right, images, grid, cut) for cut in dict.fromkeys(cuts)}
         return UnitPlan(image, unit, images, grid, windows)
 
     def split(self, images: int, units: int) -> tuple[UnitPlan, UnitPlan]:
@@ -79,13 +91,30 @@ class UnitPlan:
         return (row.unsqueeze(2) * (self.grid * unit) + column.unsqueeze(1)).flatten(1)
 
 
+def _right(image: Tensor, unit: Tensor, images: int, grid: int) -> Tensor:
+    """bool []: whether images ascend and every unit is inside and there once. Rows and columns wrap around: a unit out
+    of range would be taken for another one.
+    """
+    units = images * grid**2
+    inside = (image >= 0) & (image < images) & (unit >= 0) & (unit < grid**2)
+    number = torch.where(inside, image * grid**2 + unit, units)
+    times = number.new_zeros(units + 1).scatter_add(0, number, torch.ones_like(number))
+    return (times[:-1] <= 1).all() & (times[-1] == 0) & (image[1:] >= image[:-1]).all()
+
+
 def _coordinates(number: Tensor, grid: int, unit: int) -> tuple[Tensor, Tensor]:
     """Rows and columns of the tokens of units [M] in their image: two int64 [M, unit]."""
     step = torch.arange(unit, device=number.device)
     return (number // grid * unit).unsqueeze(1) + step, (number % grid * unit).unsqueeze(1) + step
 
 
-def _windows(image: Tensor, unit: Tensor, images: int, grid: int, cut: Cut) -> Windows:
+def _few(numbers: Tensor) -> str:
+    listed = ", ".join(map(str, numbers[:8].tolist()))
+    return f"[{listed}{', ...' if len(numbers) > 8 else ''}]"
+
+
+def _windows(image: Tensor, unit: Tensor, right: Tensor, images: int, grid: int, cut: Cut) -> Windows:
+    """``right``, bool []: whether ``image`` and ``unit`` are as they should be; if not, ``start`` is -1 throughout."""
     side, (_, window, shift) = grid * cut.unit, cut
     if side % window:
         raise ValueError(f"UnitPlan: windows of {window} tokens must tile a grid of {side} x {side}")
@@ -94,11 +123,11 @@ def _windows(image: Tensor, unit: Tensor, images: int, grid: int, cut: Cut) -> W
     where = ((image * across).unsqueeze(1) + row // window).unsqueeze(2) * across + (column // window).unsqueeze(1)
     place = (row % window * window).unsqueeze(2) + (column % window).unsqueeze(1)  # [M, u, u]
     # Tokens in the order of windows, and of places inside: a counting sort of cells that hold one token or none.
-    cell = (where * window**2 + place).flatten()  # [N]
+    cell = (where * window**2 + place).flatten() * right  # [N]
     held = torch.zeros(images * side * side, dtype=torch.int64, device=cell.device).scatter(0, cell, 1).cumsum(0)
     rank = held[cell] - 1
-    member = torch.empty_like(rank).scatter(0, rank, torch.arange(len(rank), device=rank.device))
-    start = torch.cat([held.new_zeros(1), held[window**2 - 1 :: window**2]])
+    member = torch.zeros_like(rank).scatter(0, rank, torch.arange(len(rank), device=rank.device))
+    start = torch.where(right, torch.cat([held.new_zeros(1), held[window**2 - 1 :: window**2]]), -1)
     region = None
     if shift:
         parts = [(x >= side - window).long() + (x >= side - shift).long() for x in (row, column)]  # 0, 1 or 2

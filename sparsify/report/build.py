@@ -80,10 +80,16 @@ def _finished(groups: Sequence[Group]) -> list[Group]:
     return [Group(group.name, runs, group.number) for group, runs in kept if runs]
 
 
-def _types(groups: Sequence[Group], data: DataRoot | None) -> Section:
-    judged: dict[str, list[Group]] = {}  # by the fingerprint of the split
+def _by_split(groups: Sequence[Group]) -> dict[str, list[Group]]:
+    """The finished groups by the fingerprint of the split that judged them: accuracies of two splits do not compare."""
+    judged: dict[str, list[Group]] = {}
     for group in _finished(groups):
         judged.setdefault(str(group.runs[0].fingerprint), []).append(group)
+    return judged
+
+
+def _types(groups: Sequence[Group], data: DataRoot | None) -> Section:
+    judged = _by_split(groups)
     charts: list[Chart] = []
     found: list[Table] = []
     missing = [] if judged else ["No run is finished yet, so none is judged: go on with `sparsify train --resume`."]
@@ -108,16 +114,16 @@ def _types(groups: Sequence[Group], data: DataRoot | None) -> Section:
 
 
 def _subsets(groups: Sequence[Group]) -> Section:
-    done = _finished(groups)
-    full, part = figures.full_groups(done)
-    if not part:
+    judged = [alike for alike in _by_split(groups).values() if figures.full_groups(alike)[1]]
+    if not judged:
         why = (
             "No run here trained on a key subset. Choose one with `sparsify select RUN --size 25% --unit video`, train "
             "on it with `sparsify train ROOT --subset FILE`, and name both runs to `sparsify report`."
         )
         return Section("subsets", "Full training set against key subsets", missing=[why])
-    charts = [figures.subsets(done)]
-    missing = [] if full else ["No run on the full training set is among these, so shares of it are unknown."]
+    charts = [figures.subsets(alike, f"subsets-{i}" if i else "subsets") for i, alike in enumerate(judged)]
+    whole = all(figures.full_groups(alike)[0] for alike in judged)
+    missing = [] if whole else ["No run on the full training set is judged alike, so shares of it are unknown."]
     lead = "How much of the accuracy is left when only a part of the questions is trained on."
     return Section("subsets", "Full training set against key subsets", lead, charts, missing=missing)
 

@@ -9,7 +9,7 @@ from sparsify.data.templates import TYPES
 from sparsify.report._charts import Chart, colour, end_labels, figure, hold_texts, mark, tidy, whisker, wrap
 from sparsify.report._page import FAINT, INK
 from sparsify.report.published import Published
-from sparsify.report.runs import Group, Spread, spread
+from sparsify.report.runs import Group, Run, Spread, spread
 
 __all__ = ["accuracy_over_time", "full_groups", "radar", "subsets", "training_time"]
 
@@ -75,7 +75,7 @@ def full_groups(groups: Sequence[Group]) -> tuple[list[Group], list[Group]]:
     return full, [group for group in groups if group.runs[0].subset is not None]
 
 
-def subsets(groups: Sequence[Group]) -> Chart:
+def subsets(groups: Sequence[Group], name: str = "subsets") -> Chart:
     """Accuracy of runs on key subsets below that of the runs on everything, with the spread over seeds."""
     full, part = full_groups(groups)
     rows = [*full, *part]
@@ -111,7 +111,7 @@ def subsets(groups: Sequence[Group]) -> Chart:
     axes.set_xlabel("accuracy on the judged split, percent")
     tidy(axes, grid="x")
     return Chart(
-        "subsets",
+        name,
         made,
         "Bars of accuracy: " + "; ".join(f"{g.name} {_percent(g.spread('accuracy')):.1f} %" for g in rows) + ".",
         f"Accuracy of runs trained on a part of the training questions, beside runs trained on all. "
@@ -123,8 +123,6 @@ def training_time(groups: Sequence[Group]) -> Chart:
     """Seconds of training a group, as a share of the dense run's, with the share of videos not encoded."""
     timed = [group for group in groups if group.spread("train_seconds") is not None]
     dense = next((group for group in timed if group.config.dense), None)
-    base = dense.spread("train_seconds") if dense else None
-    goal = dense.spread("accuracy_at_end") if dense else None
     unit, scale = _time_unit(max(found.high for g in timed if (found := g.spread("train_seconds"))))
     made = figure(7.2, 1.1 + 0.52 * len(timed))
     axes = made.add_subplot()
@@ -136,8 +134,9 @@ def training_time(groups: Sequence[Group]) -> Chart:
         axes.barh(place, found.mean / scale, height=0.6, color=colour(group.number))
         whisker(axes, place, found.low / scale, found.high / scale)
         said = [f"{found.mean / scale:.1f} {unit}"]
-        if base is not None and group is not dense:
-            said.append(f"{found.mean / base.mean:.2f}x of dense")
+        pairs = [] if dense is None or group is dense else [(run, _beside(dense, run)) for run in group.runs]
+        if ratio := spread(run.train_seconds / base for run, (base, _) in pairs if run.train_seconds and base):
+            said.append(f"{ratio.mean:.2f}x of dense")
         left_out = group.spread("not_encoded")
         if left_out is not None and group.config.select.skip > 0:
             said.append(f"{100 * left_out.mean:.0f} % of the videos not encoded")
@@ -149,22 +148,23 @@ def training_time(groups: Sequence[Group]) -> Chart:
             fontsize=8.8,
             linespacing=1.25,
         )
-        reached = None if goal is None else spread(run.seconds_to(goal.mean) for run in group.runs)
-        if reached is not None and reached.seeds == len(group.runs) and group is not dense:
+        reached = spread(None if goal is None else run.seconds_to(goal) for run, (_, goal) in pairs)
+        if reached is not None and reached.seeds == len(group.runs):
             axes.plot(reached.mean / scale, place, "D", ms=6.5, mfc="white", mec=INK, mew=1.1, zorder=5, gid="reached")
     axes.set_yticks(range(len(timed)), [wrap(group.name, 26) for group in timed])
     axes.set(xlim=(0, 1.55 * longest), ylim=(len(timed) - 0.45, -0.55))
     axes.set_xlabel(f"training time, {unit} (without decoding and evaluation)")
     tidy(axes, grid="x")
     hold_texts(axes)
-    note = " Diamond: when validation reached what the dense run ends with, in every seed." if goal is not None else ""
+    note = " Diamond: when validation reached what the dense run ends with, in every seed." if dense is not None else ""
     return Chart(
         "training_time",
         made,
         "Bars of training time: "
         + "; ".join(f"{g.name} {g.spread('train_seconds').mean / scale:.1f} {unit}" for g in timed)  # type: ignore[union-attr]
         + ".",
-        f"Training time of a run, mean over seeds; lines span the seeds{_counts(timed)}.{note}",
+        f"Training time of a run, mean over seeds, shares of dense with the same seed; lines span the seeds"
+        f"{_counts(timed)}.{note}",
     )
 
 
@@ -213,6 +213,15 @@ def accuracy_over_time(groups: Sequence[Group]) -> Chart:
         + ".",
         "Validation accuracy after each epoch, over the time trained so far. Thin: seeds; thick: their mean.",
     )
+
+
+def _beside(dense: Group, run: Run) -> tuple[float | None, float | None]:
+    """Seconds of training and last validation accuracy of the dense run with ``run``'s seed; without one, means."""
+    for other in dense.runs:
+        if other.seed == run.seed:
+            return other.train_seconds, other.accuracy_at_end
+    means = dense.spread("train_seconds"), dense.spread("accuracy_at_end")
+    return tuple(None if mean is None else mean.mean for mean in means)  # type: ignore[return-value]
 
 
 def _percent(found: Spread | None) -> float:

@@ -44,7 +44,7 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
     except (OSError, SafetensorError, CheckpointError) as error:  # a full disk is any of these
         shutil.rmtree(partial, ignore_errors=True)
         recover(target)
-        cause = error.__cause__ if isinstance(error, CheckpointError) else error
+        cause = (error.__cause__ if isinstance(error, CheckpointError) else None) or error
         raise CheckpointError(
             f"{target}: cannot be written: {getattr(cause, 'strerror', None) or cause}; what was there is untouched"
         ) from error

@@ -30,7 +30,7 @@ from sparsify.report.scores import floor_of
 from sparsify.seal import check_seal
 from sparsify.training.checkpoints import keep_epoch, kept, resumable, tidy, write_text
 from sparsify.training.evaluate import EvalResult, evaluate_dataset, masked_keep, write_predictions
-from sparsify.training.loading import gather_skipped, share
+from sparsify.training.loading import gather_skipped, share, worker_died
 from sparsify.training.optim import Precision, choose_precision
 from sparsify.training.run import RunState, claim_run, lock_run, read_state
 from sparsify.training.stopping import InterruptedRun
@@ -97,8 +97,8 @@ def train(
         except InterruptedRun as stopped:
             experiment.say(str(stopped))
             raise
-        except RuntimeError as error:  # torch raises it when it hears of the death, wherever this process is
-            if "DataLoader worker" not in str(error):
+        except RuntimeError as error:  # amid a step, in one of several processes, or in the last evaluation
+            if not worker_died(error):
                 raise
             raise TrainingError(f"a data loading process died (out of memory?): {error}; {kept(output)}") from error
 

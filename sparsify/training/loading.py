@@ -6,6 +6,8 @@ import functools
 import hashlib
 import multiprocessing
 import os
+import signal
+import threading
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple, TypeVar
 
@@ -20,6 +22,7 @@ from sparsify.training.run import leave_locks
 
 __all__ = [
     "Loaded",
+    "DeadWorkerError",
     "draw_seed",
     "epoch_order",
     "gather_skipped",
@@ -28,9 +31,14 @@ __all__ = [
     "start_loading",
     "step_seed",
     "to_device",
+    "worker_died",
 ]
 
 T = TypeVar("T")
+
+
+class DeadWorkerError(RuntimeError):
+    """A loading process is dead, and what waits for its batch is between two steps."""
 
 
 class Loaded(NamedTuple):
@@ -90,7 +98,8 @@ def load_batches(
 ) -> Iterator[Loaded]:
     """One ``Loaded`` for each list of indices in ``steps``, in order; ``keep < 1`` draws the masks of ``epoch``.
 
-    ``asked`` are the ids of the questions to ask; None asks all of the steps' videos.
+    ``asked`` are the ids of the questions to ask; None asks all of the steps' videos. ``next`` raises
+    ``DeadWorkerError``.
     """
     loader = DataLoader(
         dataset,
@@ -100,7 +109,33 @@ def load_batches(
         worker_init_fn=functools.partial(start_loading, parent=os.getpid()),
         pin_memory=pin,
     )
-    return iter(loader)
+    if workers == 0 or threading.current_thread() is not threading.main_thread() or not hasattr(signal, "SIGCHLD"):
+        return _arriving(iter(loader))
+    # torch would raise the news of a dead worker wherever this process is, amid a step, say. It finds out, too, when
+    # it waits for a batch.
+    before = signal.getsignal(signal.SIGCHLD)
+    try:
+        return _arriving(iter(loader))
+    finally:
+        signal.signal(signal.SIGCHLD, before or signal.SIG_DFL)
+
+
+def _arriving(batches: Iterator[Loaded]) -> Iterator[Loaded]:
+    while True:
+        try:
+            loaded = next(batches)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            if worker_died(error):
+                raise DeadWorkerError(str(error)) from error
+            raise
+        yield loaded
+
+
+def worker_died(error: RuntimeError) -> bool:
+    """Whether torch tells by ``error`` that a loading process is dead."""
+    return "DataLoader worker" in str(error)
 
 
 def start_loading(worker: int, parent: int) -> None:

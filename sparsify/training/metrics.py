@@ -51,7 +51,7 @@ class MetricsLog:
         if self._file is None:
             return 0
         if error := self._flush():
-            raise CheckpointError(f"{self._path}: cannot be written: {error}")
+            raise CheckpointError(f"{self._path}: cannot be written: {_reason(error)}") from error
         return self._length
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> str:
@@ -71,9 +71,9 @@ class MetricsLog:
                         self._board.add_scalar(f"{kind}/{name}", value, step)
             except OSError:  # of its writing thread, some time ago
                 self._leave_board()  # the JSON lines hold the same numbers
-        return f"{self._path}: cannot be written: {error}; its lines wait for room" if error and first else ""
+        return f"{self._path}: cannot be written: {_reason(error)}; its lines wait for room" if error and first else ""
 
-    def _flush(self) -> str:
+    def _flush(self) -> OSError | None:
         """Write what waits, whole or not at all; why not, if not."""
         assert self._file is not None
         done = 0
@@ -83,9 +83,9 @@ class MetricsLog:
         except OSError as error:
             with contextlib.suppress(OSError):
                 os.truncate(self._file, self._length)
-            return error.strerror or str(error)
+            return error
         self._length, self._waiting = self._length + done, b""
-        return ""
+        return None
 
     def _leave_board(self) -> None:
         board, self._board = self._board, None
@@ -99,6 +99,10 @@ class MetricsLog:
             self._flush()
             os.close(self._file)
             self._file = None
+
+
+def _reason(error: OSError) -> str:
+    return error.strerror or str(error)
 
 
 def read_metrics(folder: Path, kind: str | None = None) -> list[dict[str, Any]]:

@@ -68,6 +68,24 @@ class RunState:
     train_file: str = ""  # the annotation file of the training split
     metrics_bytes: int = 0
 
+    def epoch_line(self) -> dict[str, Any]:
+        """What the metrics say of the epoch under way, of all that is counted here."""
+        return {
+            "epoch": self.epoch,
+            "loss": self.loss_sum / max(1.0, self.weight_sum),
+            "questions": self.questions,
+            "videos": self.videos,
+            "videos_unreadable": len(self.skipped),
+            "saves_failed": self.saves_failed,
+            "train_seconds": self.seconds["train"],
+            "evaluate_seconds": self.seconds["evaluate"],
+            "save_seconds": self.seconds["save"],
+        }
+
+    def next_epoch(self) -> None:
+        self.epoch, self.step = self.epoch + 1, 0
+        self.loss_sum, self.weight_sum, self.questions, self.videos = 0.0, 0.0, 0, 0
+
 
 def claim_run(folder: Path, config: Config | None, resume: bool) -> Config:
     """The configuration of the run that ``folder`` is to hold, or holds; writes nothing.

@@ -28,7 +28,16 @@ from sparsify.progress import Advance, format_seconds, progress_bar, say
 from sparsify.report.scores import Floor
 from sparsify.training.checkpoints import keep_epoch, kept, write_folder
 from sparsify.training.evaluate import EvalResult, evaluate_dataset, masked_keep
-from sparsify.training.loading import Loaded, epoch_order, gather_skipped, load_batches, share, step_seed, to_device
+from sparsify.training.loading import (
+    DeadWorkerError,
+    Loaded,
+    epoch_order,
+    gather_skipped,
+    load_batches,
+    share,
+    step_seed,
+    to_device,
+)
 from sparsify.training.metrics import MetricsLog
 from sparsify.training.optim import Precision, build_optimizer, lr_factor, set_learning_rates
 from sparsify.training.run import RunState, restore_optimizer, write_state
@@ -111,7 +120,11 @@ class Trainer:
         )
 
     def run(self) -> None:
-        """Epochs to the end; ``InterruptedRun`` after a signal, all saved; ``TrainingError`` for a non-finite loss."""
+        """Epochs to the end.
+
+        Raises ``InterruptedRun`` after a signal, all saved; ``TrainingError`` where a loading process died (all saved,
+        if no other process trains) or the loss is not finite.
+        """
         try:
             with self.stop.on_signals():
                 while self.state.epoch < self.config.train.epochs:
@@ -120,6 +133,14 @@ class Trainer:
         except InterruptedRun:
             self.save_last()
             raise
+        except DeadWorkerError as error:
+            if self.world > 1:
+                raise  # the others go on until they wait for this process
+            self.save_last()
+            raise TrainingError(
+                f"a data loading process died (out of memory?) in epoch {self.state.epoch + 1} after "
+                f"{self.state.step} steps: {error}; {self.how_to_resume()}"
+            ) from error
         finally:
             self.metrics.close()
 
@@ -302,27 +323,20 @@ class Trainer:
         """Evaluate, keep the model if it is the best so far, write the epoch's line, save."""
         state = self.state
         self.selection.synchronise(self.accelerator)
-        state.skipped = gather_skipped(state.skipped, self.world)
+        everywhere = gather_skipped(state.skipped, self.world)
+        self.note_skipped(everywhere)  # what another process could not read is not said yet
+        state.skipped = everywhere
         skipped = self.selection.skipped()
         result = self.validate()
         state.seconds["evaluate"] += result.seconds
-        line = {
-            "epoch": state.epoch,
-            "loss": state.loss_sum / max(1.0, state.weight_sum),
+        line = state.epoch_line() | {
             "keep": self.config.keep_at(state.epoch),
             "val_loss": result.loss,
             "val_accuracy": result.accuracy,
             "val_floor": result.scores.overall.floor,
             "super_tokens": result.super_tokens,
-            "questions": state.questions,
             "questions_skipped": skipped.questions,
-            "videos": state.videos,
             "videos_skipped": skipped.videos,
-            "videos_unreadable": len(state.skipped),
-            "saves_failed": state.saves_failed,
-            "train_seconds": state.seconds["train"],
-            "evaluate_seconds": state.seconds["evaluate"],
-            "save_seconds": state.seconds["save"],
         }
         if result.accuracy > state.best_accuracy:  # a tie stays with the earlier epoch
             state.best_accuracy, state.best_epoch = result.accuracy, state.epoch
@@ -337,8 +351,7 @@ class Trainer:
             + (", best so far" if state.best_epoch == state.epoch else "")
         )
         self.selection.end_epoch(state.epoch)
-        state.epoch, state.step = state.epoch + 1, 0
-        state.loss_sum, state.weight_sum, state.questions, state.videos = 0.0, 0.0, 0, 0
+        state.next_epoch()
         self.save_last()
         if self.accelerator.is_main_process:
             keep_epoch(self.output, state.epoch - 1, self.config.train.keep_last)

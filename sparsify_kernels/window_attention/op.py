@@ -42,7 +42,8 @@ def window_attention(
         output[i, h] = sum_j softmax_j(S[h, i, :])[j] v[j, h]
 
     over the tokens j of the window of i, which stands at row r_i and column c_i of a window of wh x ww places. Only
-    tokens that are there are read and computed. That is the attention of Swin (``bias`` its table) and of Swin-V2
+    tokens that are there are read and computed (but for the gradient of the bias on a GPU, which goes over all pairs of
+    places of each window that holds a token). That is the attention of Swin (``bias`` its table) and of Swin-V2
     (``cosine``, ``bias`` what the log-spaced coordinates give), and of a shifted window too.
 
     Args:

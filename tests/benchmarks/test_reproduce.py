@@ -62,7 +62,7 @@ def test_the_interval_is_that_of_paired_questions(reproduce):
 def write_run(folder: Path, *, seconds: float, history: list[tuple[float, float]], right: list[bool]) -> None:
     folder.mkdir(parents=True)
     results = {
-        "seconds": {"train": seconds},
+        "seconds": {"train": seconds, "evaluate": 18.0, "save": 2.0},
         "history": [{"train_seconds": s, "val_accuracy": a} for s, a in history],
         "evaluation": {"unmasked": {"accuracy": sum(right) / len(right)}},
         "selection": {"videos_skipped": 0.25},
@@ -79,11 +79,11 @@ def test_a_row_against_dense(reproduce, tmp_path):
     write_run(paths.run(everything, 0), seconds=40.0, history=[(20, 0.6), (40, 0.7)], right=[True, True])
     base, ours = reproduce.outcomes([dense, everything], [0], paths)
     assert (base.time, base.time_to_dense, base.difference) == (1.0, 1.0, (0.0, 0.0, 0.0))
-    assert (ours.time, ours.time_to_dense, ours.not_encoded) == (0.4, 0.2, 0.25)
+    assert (ours.time, ours.whole, ours.time_to_dense, ours.not_encoded) == (0.4, 60 / 120, 0.2, 0.25)
     assert ours.difference[0] == 50.0
     table = reproduce.render([base, ours], [0], ungrouped=400.0)
     assert "| all | 100.0 (100.0 to 100.0) | +50.0 (" in table
-    assert "| 0.40 | 0.100 | 0.20 | 25% |" in table
+    assert "| 0.40 | 0.50 | 0.100 | 0.20 | 25% |" in table
 
 
 def test_a_row_that_never_reaches_dense_says_so(reproduce, tmp_path):
@@ -216,7 +216,7 @@ def test_every_number_of_every_run_is_written_down(reproduce, tmp_path):
         }
         file.write_text(json.dumps(results), encoding="utf-8")
     runs = reproduce.every_run([row], [0, 1], paths).splitlines()
-    assert runs[2] == "| masking | 0 | 50.00 | 25.00 | 2 | 60.00 | 30 | 4 | 13 | 25%, 50% |"
+    assert runs[2] == "| masking | 0 | 50.00 | 25.00 | 2 | 60.00 | 30 | 18 | 2.0 | 4 | 13 | 25%, 50% |"
     assert runs[3].startswith("| masking | 1 | 75.00 | 25.00 |")
     assert reproduce.by_type([row], [0, 1], paths).splitlines() == [
         "| | floor | masking |",

@@ -3,8 +3,9 @@
     python tests/sparsify/kill_and_resume.py --kills 100
     python tests/sparsify/kill_and_resume.py --kills 40 --processes 2
 
-Each run loads in two worker processes, masks, selects (by video and by question in turn), drops out, steps by Muon,
-matches, and saves after every step. The moment of a kill is uniform over the wall time of a whole run, from the start
+Each run loads in two worker processes, masks, selects (by video and by question in turn), drops out, steps by Muon and
+matches. Two kills of four are of runs that save after every step, the others save at ends of epochs alone; every fifth
+run has to decode its clips. The moment of a kill is uniform over the wall time of a whole run, from the start
 of ``train`` to its results.
 Runs are forked from this process, which has imported everything, so that a run takes seconds; several processes of one
 run find each other by the variables that torchrun sets, and die one after the other.
@@ -163,7 +164,7 @@ def difference(whole: Path, cut: Path) -> str | None:
 def check(config: Any, setting: Setting, folder: Path, kills: int, seed: int) -> None:
     """``SystemExit`` for the first run that did not go on as if nothing had happened."""
     draw = random.Random(seed)
-    configs, seconds = {}, {}
+    configs, seconds = {}, {}  # of runs that are left alone: those that save less, or decode, end alike
     for unit in ("video", "question")[:kills]:
         configs[unit] = config.replace(**ALL_ON | {"select.unit": unit})
         begun = time.monotonic()
@@ -173,14 +174,17 @@ def check(config: Any, setting: Setting, folder: Path, kills: int, seed: int) ->
     counts: collections.Counter[str] = collections.Counter()
     done = 0
     while done < kills:
-        unit = ("video", "question")[done % 2]
+        unit, save_seconds = ("video", "question")[done % 2], (0.0, 1e9)[done // 2 % 2]
+        how = configs[unit].replace(**{"train.save_seconds": save_seconds})
+        fresh = setting._replace(cache=folder / f"cache-{done}") if done % 5 == 4 else setting
         output = folder / f"{unit}-{done}"
         moment = draw.uniform(0, seconds[unit])
-        if not kill_after(start(configs[unit], setting, output, False), moment):
+        if not kill_after(start(how, fresh, output, False), moment):
             shutil.rmtree(output)  # faster than the run that was timed: no kill
+            shutil.rmtree(fresh.cache if fresh is not setting else output, ignore_errors=True)
             continue
         place = where(output)
-        finish(start(configs[unit], setting, output, True), output)
+        finish(start(how, fresh, output, True), output)
         if wrong := difference(folder / unit, output):
             raise SystemExit(f"{output}: killed after {moment:.3f} s, {place}; differs in {wrong}")
         shutil.rmtree(output)

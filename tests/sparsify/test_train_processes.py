@@ -64,7 +64,8 @@ train(Config.from_dict(json.loads(config)), DataRoot(root), output, cache_folder
 def launch(
     config: Config, root: DataRoot, output: Path, cache: Path, processes: int, broken: str = ""
 ) -> list[list[list[Any]]]:
-    """Train with so many processes; what each of them saw: a list of [step, question ids, mask seeds].
+    """Train with so many processes; what each of them saw: a list of [step, question ids, mask seeds]. Beside the run
+    folder, what they said is in ``.said``.
 
     The video ``broken`` can be read when the run begins, and no more when it is trained on.
     """
@@ -82,6 +83,7 @@ def launch(
         check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    output.with_suffix(".said").write_text(done.stderr)
     files = [output.with_name(f"{output.name}-{rank}.jsonl") for rank in range(processes)]
     return [[json.loads(line) for line in file.read_text().splitlines()] for file in files]
 
@@ -140,6 +142,7 @@ def test_a_process_whose_videos_cannot_be_read_keeps_the_other_company(
         assert [[i // 3 for i in step[1][::3]] for step in part] == [[] if v == broken else [v] for v in videos]
     results = json.loads((tmp_path / "both" / "results.json").read_text())
     assert list(results["splits"]["train"]["skipped"]) == [f"{broken:08d}"]
+    assert (tmp_path / "both.said").read_text().count(f"skipped {broken:08d}: ") == 1, "the second process says it, too"
     assert [results["history"][0][key] for key in ("questions", "videos", "videos_unreadable")] == [21, 7, 1]
 
 

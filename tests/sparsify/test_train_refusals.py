@@ -74,7 +74,8 @@ def test_without_a_readable_training_video_the_run_says_why(run: Run, tiny_root:
 def test_a_dead_loading_process_ends_the_run_which_goes_on_when_resumed(
     run: Run, tiny_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = tiny_config.replace(**{"train.workers": 1, "train.save_seconds": 0.0})
+    """The steps until then are saved, though it was not time to save."""
+    config = tiny_config.replace(**{"train.workers": 1, "train.save_seconds": 900.0})
     take_step = Trainer.take_step
 
     def interrupted(self: Trainer, *args: Any, **options: Any) -> None:
@@ -87,8 +88,11 @@ def test_a_dead_loading_process_ends_the_run_which_goes_on_when_resumed(
 
     with monkeypatch.context() as patch:
         patch.setattr(Trainer, "take_step", interrupted)
-        with pytest.raises(TrainingError, match=r"a data loading process died .*; earlier checkpoints: .*last"):
+        with pytest.raises(
+            TrainingError, match=r"a data loading process died .* in epoch 1 after 2 steps: .*saved in .*last"
+        ):
             run("cut", config=config)
+    assert json.loads((tmp_path / "cut" / "last" / "training.json").read_text())["step"] == 2
     run("cut", config=config, resume=True)
     run("whole", config=config)
     ours, theirs = (tmp_path / name / "last" / "model.safetensors" for name in ("whole", "cut"))

@@ -17,6 +17,7 @@ from sparsify.model.audio import build_htsat
 from sparsify.model.masked import MaskedHTSAT, MaskedSwinV2
 from sparsify.model.plan import UnitPlan
 from sparsify.model.vision import build_swin
+from sparsify_kernels._checks import InvalidValue
 from sparsify_kernels.testing import assert_accurate
 
 # Uniform windows; windows that units straddle, as of 12 tokens at 192 px and of 24 at 384; odd grids; one large unit.
@@ -73,6 +74,23 @@ def test_published_geometries_at_full_size(name, size, window, unit):
     for stratified in (True, False):
         kept = draw(case, 0.5, stratified)
         torch.testing.assert_close(ours(case, kept), oracle(case, kept), rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize(("keep", "stratified"), [(0.5, True), (0.25, False)])
+def test_gradients_of_windows_of_24_made_from_windows_of_12(keep, stratified):
+    """384 px, as timm's swinv2_*_window12to24: log-spaced coordinates are those of the windows before."""
+    torch.manual_seed(0)
+    config = VisionConfig(
+        image_size=384, window_size=24, pretrained_windows=(12, 12, 12, 6), embed_dim=8, depths=(2, 2, 2, 2),
+        heads=(1, 1, 2, 2),
+    )  # fmt: skip
+    swin = randomised(build_swin(config)).double()
+    case = Case(swin, MaskedSwinV2(swin, 32), torch.randn(1, 3, 384, 384).double())
+    kept = draw(case, keep, stratified)
+    found, expected = ours(case, kept), oracle(case, kept)
+    torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    for a, b in zip(gradients(case, found), gradients(case, expected), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-8)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -165,18 +183,25 @@ def test_a_plan_moved_by_one_position_is_seen(name):
     kept = draw(case, 0.5, True)
     plan, units = planned(case, kept, case.images)
     expected = oracle(case, kept)
+    reached: set[str] = set()
     for field, move in (
         ("place", lambda w: w.place ^ 1),  # neighbours change places
         ("member", lambda w: w.member.roll(1)),
         ("start", lambda w: torch.cat([w.start[:1], (w.start[1:-1] + 1).clamp(max=len(w.member)), w.start[-1:]])),
-        ("region", lambda w: None if w.region is None else 1 - (w.region > 4).long()),
+        ("region", lambda w: 1 - (w.region > 4).long()),
     ):
-        wrong = {cut: w._replace(**{field: move(w)}) for cut, w in plan.windows.items()}
-        try:
-            moved = case.masked(units, UnitPlan(plan.image, plan.unit, plan.images, plan.grid, wrong))
-        except ValueError:
-            continue  # two tokens at one place: the op itself refuses
-        assert (moved - expected).abs().max() > 1e-3, f"{field} has no effect"
+        for cut, windows in plan.windows.items():
+            if field == "region" and windows.region is None:
+                continue
+            wrong = {**plan.windows, cut: windows._replace(**{field: move(windows)})}
+            try:
+                moved = case.masked(units, UnitPlan(plan.image, plan.unit, plan.images, plan.grid, wrong))
+            except InvalidValue:  # of the op: two tokens at one place
+                continue
+            reached.add(field)
+            # One cut of many: but ten thousand times what the two may differ by.
+            assert (moved - expected).abs().max() > 1e-6, f"{field} of {cut} has no effect"
+    assert {"place", "member", "region"} <= reached
 
 
 def test_an_image_does_not_depend_on_the_others():

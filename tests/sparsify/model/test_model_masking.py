@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from sparsify.config import Config
+from sparsify.model import SparsifyModel
 from sparsify.model.audio import AudioEncoder
 from sparsify.model.masking import draw_units
 from sparsify.model.plan import UnitPlan
@@ -103,6 +105,34 @@ def test_masks_plans_and_times_are_made_on_the_device_without_waiting_for_it(tin
         out = model.encode(video, masking)
     assert out.tokens.device.type == "meta"
     assert seen.strangers == []
+
+
+SIZES = {  # of README: vision.embed_dim, depths, heads; audio.embed_dim, depths
+    "swinv2_small_window8_256": (96, (2, 2, 18, 2), (3, 6, 12, 24), 96, (2, 2, 6, 2)),
+    "swinv2_base_window8_256": (128, (2, 2, 18, 2), (4, 8, 16, 32), 128, (2, 2, 12, 2)),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_larger_encoders_in_the_model(make_batch, vocabulary, name):
+    """Swin-V2-S with HTS-AT tiny, Swin-V2-B with HTS-AT base: geometry alone, on the device "meta"."""
+    import timm
+
+    width, depths, heads, audio_width, audio_depths = SIZES[name]
+    config = Config.preset("paper").replace(
+        **{
+            "vision.embed_dim": width, "vision.depths": depths, "vision.heads": heads,
+            "audio.embed_dim": audio_width, "audio.depths": audio_depths, "clip.frames": 2, "clip.segments": 1,
+        }
+    )  # fmt: skip
+    model = SparsifyModel(config, vocabulary, pretrained=False).to("meta")
+    with torch.device("meta"):
+        library = timm.create_model(name, num_classes=0)
+    shapes = {key: value.shape for key, value in library.state_dict().items() if not key.startswith("head")}
+    assert {key: value.shape for key, value in model.vision.swin.state_dict().items()} == shapes
+    video, _, masking = make_batch(config, videos=1)
+    video, masking = (type(x)(*(y.to("meta") if isinstance(y, Tensor) else y for y in x)) for x in (video, masking))
+    assert model.encode(video, masking).tokens.device.type == "meta"
 
 
 def time_config(tiny):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from sparsify.model.plan import Cut, UnitPlan
+from sparsify_kernels import window_attention
 
 
 def plan_of(image, unit, *, images, grid, cuts):
@@ -125,6 +127,46 @@ def test_a_stratified_mask_fills_unshifted_windows_alike():
 def test_windows_must_tile_the_grid():
     with pytest.raises(ValueError, match="windows of 5 tokens must tile a grid of 8 x 8"):
         plan_of([0], [0], images=1, grid=4, cuts=[Cut(2, 5, 0)])
+
+
+WRONG = [([0, 0], [1, 4]), ([0, 0], [-1, 2]), ([0, 2], [0, 0]), ([-1, 0], [0, 0]), ([1, 0], [0, 0]), ([0, 0], [2, 2])]
+NAMES = ["unit above", "unit below", "image above", "image below", "images that descend", "one unit twice"]
+
+
+@pytest.mark.parametrize(("image", "unit"), WRONG, ids=NAMES)
+def test_wrong_numbers_are_refused(image, unit):
+    """Not wrapped around: unit 4 of 2 x 2 would be unit 0."""
+    with pytest.raises(
+        ValueError, match=r"image in \[0, 2\), ascending, and unit in \[0, 4\), .* got image \[.*\], unit \["
+    ):
+        plan_of(image, unit, images=2, grid=2, cuts=[Cut(2, 4, 2)])
+
+
+def attend(image: torch.Tensor, unit: torch.Tensor, images: int) -> torch.Tensor:
+    cut = Cut(2, 4, 2)
+    windows = UnitPlan.of(image, unit, images=images, grid=2, cuts=[cut]).windows[cut]
+    qkv = torch.arange(len(windows.member) * 3, dtype=torch.float32).view(-1, 3, 1, 1)
+    return window_attention(qkv, torch.zeros(1, 7, 7), windows)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(("image", "unit"), WRONG, ids=NAMES)
+def test_wrong_numbers_are_refused_in_the_end_where_they_are_not_read(image, unit, backend):
+    """A compiled plan has no window, whatever came; window_attention, which looks, refuses it."""
+    compiled = torch.compile(attend, backend=backend, fullgraph=True)
+    right = torch.tensor([0, 1]), torch.tensor([3, 0])
+    torch.testing.assert_close(compiled(*right, 2), attend(*right, 2))
+    with pytest.raises(RuntimeError, match="window_attention: "):
+        compiled(torch.tensor(image), torch.tensor(unit), 2)
+
+
+def test_another_batch_size_is_compiled_once():
+    counter = CompileCounter()
+    compiled = torch.compile(attend, backend=counter, fullgraph=True)
+    for images in (2, 3, 4, 5):
+        numbers = torch.arange(images)
+        torch.testing.assert_close(compiled(numbers, numbers % 4, images), attend(numbers, numbers % 4, images))
+    assert counter.frame_count == 2  # the first size, and any
 
 
 def test_the_plan_waits_for_no_value():

@@ -141,6 +141,21 @@ def test_training_time_is_a_share_of_dense(make_run: Make) -> None:
     assert list(reached.get_xdata()) == pytest.approx([160 / 60])  # the second of three epochs
 
 
+def test_times_are_held_against_dense_with_the_same_seed(make_run: Make) -> None:
+    chart = figures.training_time(
+        groups(
+            make_run("d0", {"dense": True, "train.seed": 0}, seconds=600.0, epochs=(0.5, 0.7)),
+            make_run("d1", {"dense": True, "train.seed": 1}, seconds=400.0, epochs=(0.4, 0.6)),
+            make_run("a", {"select.skip": 0.5, "train.seed": 0}, seconds=300.0, epochs=(0.7, 0.8)),
+            make_run("b", {"select.skip": 0.5, "train.seed": 1}, seconds=120.0, epochs=(0.5, 0.6)),
+        )
+    )
+    axes = chart.figure.axes[0]
+    assert "0.40x of dense" in texts(axes)[1]  # (300 / 600 + 120 / 400) / 2, not 420 / 1000
+    (reached,) = lines(axes, "reached")
+    assert list(reached.get_xdata()) == pytest.approx([(150 + 120) / 2 / 60])  # 0.70 after 150 s, 0.60 after 120 s
+
+
 def test_no_diamond_where_a_seed_never_reaches_what_dense_ends_with(make_run: Make) -> None:
     chart = figures.training_time(
         groups(

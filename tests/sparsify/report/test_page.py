@@ -71,6 +71,19 @@ def test_runs_judged_by_different_splits_are_drawn_apart(make_run: Make, tmp_pat
     assert (tmp_path / "report" / "radar-ba9876543210.png").exists()
 
 
+def test_subsets_are_held_against_full_runs_judged_alike(make_run: Make, tmp_path: Path) -> None:
+    subset = {"select.subset": "random.json"}
+    runs = [
+        make_run("a"),
+        make_run("b", subset),
+        make_run("c", subset | {"train.epochs": 2}, fingerprint="ba9876543210"),
+    ]
+    page = report(tmp_path, *runs)
+    assert (tmp_path / "report" / "subsets.png").exists()
+    assert (tmp_path / "report" / "subsets-1.png").exists()
+    assert "No run on the full training set is judged alike" in page
+
+
 def test_sections_say_what_they_lack(make_run: Make, tmp_path: Path) -> None:
     page = re.sub("</?span>", "", html.unescape(report(tmp_path, make_run("run"))))
     for why in (
