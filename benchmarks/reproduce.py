@@ -63,6 +63,8 @@ ROWS = (
 # With them the whole would take longer than ninety minutes on two cores: only when asked for.
 BESIDE = (
     Row("all, questions skipped", ("select.skip=0.5", 'select.unit="question"')),
+    Row("all, last epoch masked", ("select.skip=0.5", "mask.schedule=[0.5]")),
+    Row("all, rising ratios, last epoch whole", ("select.skip=0.5", f"mask.schedule={[*RISING[:-1], 1.0]}")),
     Row("stratified subset", (), "stratified"),
 )
 
@@ -346,7 +348,8 @@ def main(arguments: list[str] | None = None) -> int:
         default=1 if torch.cuda.is_available() else cores(),
         help="runs at a time, each with its share of the cores (default: one a core; 1 with a GPU)",
     )
-    only = f"these, and dense; {' and '.join(row.name for row in BESIDE)} are not made otherwise"
+    asked = ", ".join(f"{row.name!r}" for row in BESIDE)
+    only = f"these, and dense; not made otherwise: {asked}"
     parser.add_argument("--only", metavar="ROW", nargs="+", choices=[row.name for row in (*ROWS, *BESIDE)], help=only)
     args = parser.parse_args(arguments)
     paths, seeds = Paths(args.data, args.output, max(1, args.jobs)), range(args.seeds)

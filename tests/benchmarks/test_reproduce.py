@@ -192,7 +192,25 @@ def test_every_row_is_a_configuration(reproduce):
 def test_rows_beside_are_made_when_asked_for_alone(reproduce):
     assert reproduce.chosen(None) == list(reproduce.ROWS)
     assert [row.name for row in reproduce.chosen(["stratified subset"])] == ["dense", "stratified subset"]
-    assert len({row.name for row in (*reproduce.ROWS, *reproduce.BESIDE)}) == len(reproduce.ROWS) + 2
+    every = (*reproduce.ROWS, *reproduce.BESIDE)
+    assert len({row.name for row in every}) == len(every)
+
+
+@pytest.mark.parametrize(
+    ("name", "first", "last"),
+    [
+        ("all", 0.5, 1.0),
+        ("all, last epoch masked", 0.5, 0.5),
+        ("all, rising ratios", 0.25, 0.5),
+        ("all, rising ratios, last epoch whole", 0.25, 1.0),
+    ],
+)
+def test_schedules_of_ratios(reproduce, name, first, last):
+    from sparsify.config import Config
+
+    row = next(row for row in (*reproduce.ROWS, *reproduce.BESIDE) if row.name == name)
+    config = Config.preset("demo").with_options([*reproduce.SETTING, *row.options])
+    assert [config.keep_at(epoch) for epoch in (0, 2, 3, 13, 14)] == [first, first, 0.5, 0.5, last]
 
 
 def test_every_number_of_every_run_is_written_down(reproduce, tmp_path):
