@@ -259,19 +259,29 @@ def merging_cases() -> Iterator[Case]:
     )
 
 
-def window_eager(qkv: Tensor, bias: Tensor, place: Tensor, height: int, width: int, there: Tensor | None) -> Tensor:
-    """Windows [W, n] of tokens that lie next to each other, the same places in each, or a dense window with a mask."""
+def window_eager(
+    qkv: Tensor, bias: Tensor, place: Tensor, side: int, there: Tensor | None, scale: Tensor | None
+) -> Tensor:
+    """Windows [W, n] of tokens that lie next to each other, the same places in each, or a dense window with a mask;
+    ``scale`` [H]: of cosine attention."""
+    height = width = side
     down, across = place // width, place % width
     pairs = bias[:, down[:, None] - down + height - 1, across[:, None] - across + width - 1].to(qkv.dtype)
     q, k, v = qkv.unflatten(0, (-1, len(place))).permute(2, 0, 3, 1, 4)  # [W, H, n, d]
     if there is not None:
         pairs = pairs.masked_fill(~there, -torch.inf)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=pairs).transpose(1, 2).flatten(0, 1)
+    if scale is not None:
+        q, k = F.normalize(q, dim=-1) * scale[:, None, None].to(q.dtype), F.normalize(k, dim=-1)
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=pairs, scale=None if scale is None else 1.0)
+    return out.transpose(1, 2).flatten(0, 1)
 
 
 def window_cases() -> Iterator[Case]:
-    """Swin at 256 px, batch 256: stage 0, whose windows are all there, and stage 1 at keep 1/2; a window of 12 x 12."""
-    for windows, side, tokens, heads in ((8192, 8, 64, 3), (4096, 8, 32, 6), (2048, 12, 72, 6)):
+    """Swin at 256 px, batch 256: stage 0, whose windows are all there, and stage 1 at keep 1/2, that of Swin-V2, too; a
+    window of 12 x 12.
+    """
+    sizes = ((8192, 8, 64, 3, False), (4096, 8, 32, 6, False), (4096, 8, 32, 6, True), (2048, 12, 72, 6, False))
+    for windows, side, tokens, heads, cosine in sizes:
         g = torch.Generator("cuda").manual_seed(0)
         count, dim = windows * tokens, 32
         qkv, slope = (
@@ -285,24 +295,25 @@ def window_cases() -> Iterator[Case]:
         cells = (torch.arange(windows, device="cuda")[:, None] * side * side + place).flatten()
         there = torch.zeros(side * side, dtype=torch.bool, device="cuda").index_fill(0, place, True)
         every = torch.arange(side * side, device="cuda")
+        scale = torch.linspace(5, 20, heads, device="cuda") if cosine else None
 
-        def ours(qkv: Tensor, bias: Tensor, parts: Windows = parts) -> Tensor:
-            return window_attention(qkv, bias, parts)
+        def ours(qkv: Tensor, bias: Tensor, parts: Windows = parts, scale: Any = scale) -> Tensor:
+            return window_attention(qkv, bias, parts, scale=scale, cosine=scale is not None)
 
-        def compact(qkv: Tensor, bias: Tensor, place: Tensor = place, side: int = side) -> Tensor:
-            return window_eager(qkv, bias, place, side, side, None)
+        def compact(qkv: Tensor, bias: Tensor, place: Any = place, side: int = side, scale: Any = scale) -> Tensor:
+            return window_eager(qkv, bias, place, side, None, scale)
 
         def padded(
             qkv: Tensor, bias: Tensor, dense: Any = dense, cells: Any = cells, there: Any = there, side: int = side,
-            every: Any = every,
+            every: Any = every, scale: Any = scale,
         ) -> Tensor:  # fmt: skip
-            return window_eager(dense.index_copy(0, cells, qkv), bias, every, side, side, there)[cells]
+            return window_eager(dense.index_copy(0, cells, qkv), bias, every, side, there, scale)[cells]
 
         def agrees(qkv: Tensor = qkv, bias: Tensor = bias, ours: Any = ours, compact: Any = compact) -> bool:
             return close(ours(qkv, bias), compact(qkv, bias), compact(qkv.double(), bias.double()))
 
         forms = {"SDPA of equal windows": compact, "SDPA, padded": padded}
-        size = f"W{windows} {tokens} of {side}x{side} H{heads} d{dim}"
+        size = f"W{windows} {tokens} of {side}x{side} H{heads} d{dim}{' cosine' if cosine else ''}"
         moved, flop = 2 * count * heads * dim * 4 + 4 * count * heads, 4 * count * tokens * heads * dim
         yield Case(
             "window_attention",
@@ -318,6 +329,13 @@ def window_cases() -> Iterator[Case]:
         def step(function: Callable[..., Any], leaves: Any = leaves, slope: Tensor = slope) -> Any:
             return torch.autograd.grad(function(*leaves), leaves, slope)
 
+        def agree(
+            step: Any = step, ours: Any = ours, compact: Any = compact, leaves: Any = leaves, slope: Any = slope
+        ) -> bool:
+            exact = [t.detach().double().requires_grad_() for t in leaves]
+            truths = step(compact, exact, slope.double())
+            return all(close(*three) for three in zip(step(ours), step(compact), truths, strict=True))
+
         yield Case(
             "window_attention",
             f"{size} fwd+bwd",
@@ -325,6 +343,7 @@ def window_cases() -> Iterator[Case]:
             {n: lambda step=step, f=f: step(f) for n, f in forms.items()},
             moved + 2 * count * heads * dim * 7,
             7 * flop // 2,
+            check=agree,
         )
 
 
