@@ -200,7 +200,8 @@ def test_rows_beside_are_made_when_asked_for_alone(reproduce):
     ("name", "first", "last"),
     [
         ("all", 0.5, 1.0),
-        ("all, last epoch masked", 0.5, 0.5),
+        ("all, half throughout", 0.5, 0.5),
+        ("all, questions skipped, half throughout", 0.5, 0.5),
         ("all, rising ratios", 0.25, 0.5),
         ("all, rising ratios, last epoch whole", 0.25, 1.0),
     ],
