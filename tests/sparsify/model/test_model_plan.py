@@ -142,8 +142,10 @@ def test_wrong_numbers_are_refused(image, unit):
         plan_of(image, unit, images=2, grid=2, cuts=[Cut(2, 4, 2)])
 
 
-def attend(image: torch.Tensor, unit: torch.Tensor, images: int) -> torch.Tensor:
-    cut = Cut(2, 4, 2)
+SHIFTED = Cut(2, 4, 2)
+
+
+def attend(image: torch.Tensor, unit: torch.Tensor, images: int, cut: Cut = SHIFTED) -> torch.Tensor:
     windows = UnitPlan.of(image, unit, images=images, grid=2, cuts=[cut]).windows[cut]
     qkv = torch.arange(len(windows.member) * 3, dtype=torch.float32).view(-1, 3, 1, 1)
     return window_attention(qkv, torch.zeros(1, 7, 7), windows)
@@ -158,6 +160,13 @@ def test_wrong_numbers_are_refused_in_the_end_where_they_are_not_read(image, uni
     torch.testing.assert_close(compiled(*right, 2), attend(*right, 2))
     with pytest.raises(RuntimeError, match="window_attention: "):
         compiled(torch.tensor(image), torch.tensor(unit), 2)
+
+
+def test_a_wrong_unit_of_one_token_is_refused_where_it_is_not_read():
+    """Its one token would make a whole window, wherever it stands."""
+    compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
+    with pytest.raises(RuntimeError, match="window_attention: "):
+        compiled(torch.tensor([0]), torch.tensor([4]), 1, Cut(1, 2, 0))
 
 
 def test_another_batch_size_is_compiled_once():
