@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sparsify.model.time import TIME_FEATURES
 
@@ -36,5 +37,6 @@ class TokenHead(nn.Module):
 
     def forward(self, x: Tensor, cell: Tensor, time: Tensor) -> Tensor:
         """``x`` [V, N, in_dim] at ``cell`` int64 [V, N] with ``time`` features [V, N, TIME_FEATURES] -> [V, N, dim]."""
-        place = self.row[self.rows[cell]] + self.column[self.columns[cell]]
+        # Not by indexing, whose gradient several threads of a CPU add up in any order.
+        place = F.embedding(self.rows[cell], self.row) + F.embedding(self.columns[cell], self.column)
         return self.norm(self.project(x)) + place + self.time(time)
