@@ -1,8 +1,8 @@
 """The training loop, on Accelerate: one process, or as many as ``torchrun`` or ``accelerate launch`` start.
 
 Everything that decides a step is derived from seed, epoch and step, or is in the checkpoint: data order, masks,
-dropout, learning rate. A run stopped and resumed therefore ends in the weights of one never stopped, bit for bit on a
-CPU.
+dropout, learning rate. A run stopped and resumed therefore ends in the weights of one never stopped, on a CPU bit for
+bit; with several threads as far as the libraries divide their sums alike, which a busy machine was seen to change.
 """
 
 from __future__ import annotations
