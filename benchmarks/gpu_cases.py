@@ -264,9 +264,8 @@ def window_eager(
 ) -> Tensor:
     """Windows [W, n] of tokens that lie next to each other, the same places in each, or a dense window with a mask;
     ``scale`` [H]: of cosine attention."""
-    height = width = side
-    down, across = place // width, place % width
-    pairs = bias[:, down[:, None] - down + height - 1, across[:, None] - across + width - 1].to(qkv.dtype)
+    down, across = place // side, place % side
+    pairs = bias[:, down[:, None] - down + side - 1, across[:, None] - across + side - 1].to(qkv.dtype)
     q, k, v = qkv.unflatten(0, (-1, len(place))).permute(2, 0, 3, 1, 4)  # [W, H, n, d]
     if there is not None:
         pairs = pairs.masked_fill(~there, -torch.inf)

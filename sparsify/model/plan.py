@@ -12,8 +12,9 @@ looks across units. A stage cuts its grid of tokens into windows, moved by a cyc
         2  2 | 3  3                        token 0 at place 10, from over the edge: another region, which the
         2  2 | 3  3                        libraries keep apart by -100
 
-Everything is arithmetic on unit numbers, on their device, and never waits for a value: which windows a batch needs, and
-how many of them, is known from shapes alone; how many tokens each one holds is not, and is left to ``Windows.start``.
+Everything is arithmetic on unit numbers, on their device, and never waits for a value (but with ``SPARSIFY_CHECK=1``):
+which windows a batch needs, and how many of them, is known from shapes alone; how many tokens each one holds is not,
+and is left to ``Windows.start``.
 """
 
 from __future__ import annotations

@@ -190,17 +190,17 @@ def test_a_plan_moved_by_one_position_is_seen(name):
         ("start", lambda w: torch.cat([w.start[:1], (w.start[1:-1] + 1).clamp(max=len(w.member)), w.start[-1:]])),
         ("region", lambda w: 1 - (w.region > 4).long()),
     ):
-        for cut, windows in plan.windows.items():
-            if field == "region" and windows.region is None:
-                continue
-            wrong = {**plan.windows, cut: windows._replace(**{field: move(windows)})}
+        fits = {cut: w for cut, w in plan.windows.items() if getattr(w, field) is not None}
+        for cuts in ([*fits], *([cut] for cut in fits)):  # all together, and each by itself
+            wrong = {**plan.windows, **{cut: fits[cut]._replace(**{field: move(fits[cut])}) for cut in cuts}}
             try:
                 moved = case.masked(units, UnitPlan(plan.image, plan.unit, plan.images, plan.grid, wrong))
             except InvalidValue:  # of the op: two tokens at one place
                 continue
             reached.add(field)
-            # One cut of many: but ten thousand times what the two may differ by.
-            assert (moved - expected).abs().max() > 1e-6, f"{field} of {cut} has no effect"
+            # One cut of many moves less: still ten thousand times what the two may differ by.
+            least = 1e-3 if len(cuts) == len(fits) else 1e-6
+            assert (moved - expected).abs().max() > least, f"{field} of {cuts} has no effect"
     assert {"place", "member", "region"} <= reached
 
 
