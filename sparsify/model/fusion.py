@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from sparsify.batch import Questions
 from sparsify.config import FusionConfig
 from sparsify.model.concepts import ConceptReading, strongest_and_mean
-from sparsify.model.layers import Attention, Mlp, key_mask
+from sparsify.model.layers import Attention, Mlp, key_mask, select_rows
 from sparsify.model.outputs import SuperTokens
 
 __all__ = ["AnswerHead", "FusionLayer", "pack_questions", "unpack_questions"]
@@ -27,7 +27,9 @@ def pack_questions(x: Tensor, questions: Questions, videos: int) -> Tensor:
 
 def unpack_questions(x: Tensor, questions: Questions) -> Tensor:
     """The inverse of ``pack_questions``: [Q, L, D]."""
-    return x.unflatten(1, (questions.width, -1))[questions.video_index, questions.rank]
+    return select_rows(
+        x.unflatten(1, (questions.width, -1)).flatten(0, 1), questions.video_index * questions.width + questions.rank
+    )
 
 
 class FusionLayer(nn.Module):
@@ -73,7 +75,8 @@ class TokenEvidence(nn.Module):
         ``tokens`` [V, K, D] with ``size`` and ``valid`` [V, K].
         """
         scale, shift = self.question(question).unsqueeze(1).chunk(2, dim=-1)  # [Q, 1, D]
-        evidence = F.gelu(torch.addcmul(shift, self.token(tokens)[video_index], 1 + scale.tanh()))  # [Q, K, D]
+        token = select_rows(self.token(tokens), video_index)  # [Q, K, D]
+        evidence = F.gelu(torch.addcmul(shift, token, 1 + scale.tanh()))
         return self.out(torch.cat(strongest_and_mean(evidence, size[video_index], valid[video_index]), dim=-1))
 
 
@@ -99,7 +102,7 @@ class AnswerHead(nn.Module):
         videos with ``concepts`` [V, 4 * D]."""
         y = self.token_norm(tokens.tokens)
         mask, word_mask = key_mask(tokens.valid, tokens.size) if tokens.merged else None, key_mask(word_valid)
-        asked = concepts[questions.video_index]
+        asked = select_rows(concepts, questions.video_index)
         *before, last = self.readings
         for reading, layer in zip(before, self.layers, strict=True):
             assert isinstance(layer, FusionLayer)

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Attention", "Mlp", "TransformerLayer", "key_mask", "merge_heads", "split_heads"]
+__all__ = ["Attention", "Mlp", "TransformerLayer", "key_mask", "merge_heads", "select_rows", "split_heads"]
 
 
 def split_heads(x: Tensor, heads: int) -> Tensor:
@@ -17,6 +17,14 @@ def split_heads(x: Tensor, heads: int) -> Tensor:
 def merge_heads(x: Tensor) -> Tensor:
     """[B, heads, N, d] as [B, N, heads * d]."""
     return x.transpose(1, 2).flatten(2)
+
+
+def select_rows(x: Tensor, index: Tensor) -> Tensor:
+    """``x[index]`` for ``x`` [R, ...] and ``index`` int64 [...], with a gradient that is the same on every run.
+
+    Indexing adds the gradients of a row up in the order in which the threads of a CPU come by.
+    """
+    return F.embedding(index, x.flatten(1)).view(*index.shape, *x.shape[1:])
 
 
 def key_mask(valid: Tensor, size: Tensor | None = None) -> Tensor:

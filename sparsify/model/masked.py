@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from sparsify.errors import ConfigError
+from sparsify.model.layers import select_rows
 from sparsify.model.plan import Cut, UnitPlan
 from sparsify_kernels import window_attention
 
@@ -153,7 +154,8 @@ class MaskedHTSAT(_Masked):
         over mel bins, of which each row of an image holds one.
         """
         side = units.shape[-1]
-        scale, shift = (x.view(-1, 1, side, 1)[plan.unit // plan.grid] for x in rows_normalised(self.encoder))
+        row = plan.unit // plan.grid
+        scale, shift = (select_rows(x.view(-1, 1, side, 1), row) for x in rows_normalised(self.encoder))
         return super().embed(units * scale + shift, plan)
 
     @staticmethod

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from sparsify.model.layers import select_rows
 from sparsify.model.time import TIME_FEATURES
 
 __all__ = ["TokenHead", "gather_rows"]
@@ -37,6 +37,5 @@ class TokenHead(nn.Module):
 
     def forward(self, x: Tensor, cell: Tensor, time: Tensor) -> Tensor:
         """``x`` [V, N, in_dim] at ``cell`` int64 [V, N] with ``time`` features [V, N, TIME_FEATURES] -> [V, N, dim]."""
-        # Not by indexing, whose gradient several threads of a CPU add up in any order.
-        place = F.embedding(self.rows[cell], self.row) + F.embedding(self.columns[cell], self.column)
+        place = select_rows(self.row, self.rows[cell]) + select_rows(self.column, self.columns[cell])
         return self.norm(self.project(x)) + place + self.time(time)

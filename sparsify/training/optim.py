@@ -1,9 +1,11 @@
-"""What decides a step beside the loss: parameter groups, learning rates, precision."""
+"""What decides a step beside the loss: parameter groups, learning rates, precision, the order of sums."""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import nn
@@ -14,7 +16,15 @@ from sparsify.training.muon import MuonAdamW
 if TYPE_CHECKING:
     from sparsify.model import SparsifyModel
 
-__all__ = ["Precision", "build_optimizer", "choose_precision", "lr_factor", "parameter_groups", "set_learning_rates"]
+__all__ = [
+    "Precision",
+    "build_optimizer",
+    "choose_precision",
+    "lr_factor",
+    "ordered_sums",
+    "parameter_groups",
+    "set_learning_rates",
+]
 
 # Only the matrices of linear maps decay. Biases, norms, gates, embeddings, position tables and learnt queries are not
 # of these types, or are vectors.
@@ -106,3 +116,24 @@ def _cpu_bf16_features() -> list[str]:
     found = torch.cpu.get_capabilities()
     names = {"avx512_bf16": "AVX-512 BF16", "amx_bf16": "AMX BF16"}
     return [text for key, text in names.items() if found.get(key)]
+
+
+@contextlib.contextmanager
+def ordered_sums(device: torch.device) -> Iterator[None]:
+    """On a CPU, PyTorch's deterministic algorithms: threads otherwise add the gradients of an index (the libraries'
+    tables of relative positions) up as they come by, and runs differ in their last bits. Elsewhere nothing changes.
+    What PyTorch cannot order it warns of, once.
+    """
+    if device.type != "cpu":
+        yield
+        return
+    enabled, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    filled = memory.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=warns or not enabled)
+    memory.fill_uninitialized_memory = filled and enabled  # costs time, changes no result
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(enabled, warn_only=warns)
+        memory.fill_uninitialized_memory = filled

@@ -2,7 +2,7 @@
 
 Everything that decides a step is derived from seed, epoch and step, or is in the checkpoint: data order, masks,
 dropout, learning rate. A run stopped and resumed therefore ends in the weights of one never stopped, on a CPU bit for
-bit; with several threads as far as the libraries divide their sums alike, which a busy machine was seen to change.
+bit, with as many threads (``ordered_sums``).
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from sparsify.training.loading import (
     to_device,
 )
 from sparsify.training.metrics import MetricsLog
-from sparsify.training.optim import Precision, build_optimizer, lr_factor, set_learning_rates
+from sparsify.training.optim import Precision, build_optimizer, lr_factor, ordered_sums, set_learning_rates
 from sparsify.training.run import RunState, restore_optimizer, write_state
 from sparsify.training.selection import Selection
 from sparsify.training.stopping import InterruptedRun, StopRequest
@@ -126,7 +126,7 @@ class Trainer:
         if no other process trains) or the loss is not finite.
         """
         try:
-            with self.stop.on_signals():
+            with self.stop.on_signals(), ordered_sums(self.device):
                 while self.state.epoch < self.config.train.epochs:
                     self.train_epoch()
                     self.end_epoch()

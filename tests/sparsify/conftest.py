@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from sparsify.config import (
     AudioConfig,
@@ -94,6 +96,33 @@ def run(tiny_config: Config, tiny_root: DataRoot, cache_folder: Path, tmp_path: 
         return train(config, tiny_root, tmp_path / name, cache_folder=cache_folder, **options)
 
     return go
+
+
+class Scattered(TorchDispatchMode):
+    """The gradients that are scattered into a tensor: its shape, and whether PyTorch was told to keep to an order."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[tuple[tuple[int, ...], bool]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if "index_put" in func.__name__ and len(args) > 3 and args[3]:
+            self.found.append((tuple(args[0].shape), torch.are_deterministic_algorithms_enabled()))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.fixture
+def scattered() -> Scattered:
+    """A mode to enter around a step."""
+    return Scattered()
+
+
+@pytest.fixture
+def _two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture
