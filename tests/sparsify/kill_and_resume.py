@@ -2,6 +2,7 @@
 
     python tests/sparsify/kill_and_resume.py --kills 100
     python tests/sparsify/kill_and_resume.py --kills 40 --processes 2
+    python tests/sparsify/kill_and_resume.py --kills 40 --threads 2
 
 Each run loads in two worker processes, masks, selects (by video and by question in turn), drops out, steps by Muon and
 matches. Two kills of four are of runs that save after every step, the others save at ends of epochs alone; every fifth
@@ -48,6 +49,7 @@ class Setting(NamedTuple):
     root: Path
     cache: Path
     processes: int  # of one run
+    threads: int  # of one process
 
 
 def start(config: Any, setting: Setting, output: Path, resume: bool) -> list[int]:
@@ -60,6 +62,8 @@ def start(config: Any, setting: Setting, output: Path, resume: bool) -> list[int
 
 def fork(config: Any, setting: Setting, output: Path, resume: bool, rank: int, port: int) -> int:
     """The process number ``rank`` of a run."""
+    import torch
+
     from sparsify.data.music_avqa import DataRoot
     from sparsify.training import train
 
@@ -75,6 +79,7 @@ def fork(config: Any, setting: Setting, output: Path, resume: bool, rank: int, p
         with output.with_suffix(".log").open("a") as log:
             os.dup2(log.fileno(), 1)
             os.dup2(log.fileno(), 2)
+            torch.set_num_threads(setting.threads)
             train(config, DataRoot(setting.root), output, cache_folder=setting.cache, resume=resume, progress=False)
             code = 0
     except BaseException:  # noqa: BLE001 (a forked process must not return into its parent's code)
@@ -143,8 +148,7 @@ def told(output: Path) -> dict[str, Any]:
     for line in (*state["history"], *lines, *evaluation.values()):
         for key in TIMES:
             line.pop(key, None)
-    processes = results["machine"]["processes"]
-    return {"state": state, "metrics": lines, "evaluation": evaluation, "processes": processes}
+    return {"state": state, "metrics": lines, "evaluation": evaluation, "machine": results["machine"]}
 
 
 def difference(whole: Path, cut: Path) -> str | None:
@@ -170,7 +174,8 @@ def check(config: Any, setting: Setting, folder: Path, kills: int, seed: int) ->
         begun = time.monotonic()
         finish(start(configs[unit], setting, folder / unit, False), folder / unit)
         seconds[unit] = time.monotonic() - begun
-        assert told(folder / unit)["processes"] == setting.processes
+        machine = told(folder / unit)["machine"]
+        assert (machine["processes"], machine["threads"]) == (setting.processes, setting.threads)
     counts: collections.Counter[str] = collections.Counter()
     done = 0
     while done < kills:
@@ -195,7 +200,8 @@ def check(config: Any, setting: Setting, folder: Path, kills: int, seed: int) ->
 
 
 def warm_up(config: Any) -> None:
-    """Import here, once, what a run imports on its way. One thread: a pool of them would not survive the fork.
+    """Import here, once, what a run imports on its way. One thread: a pool of them would not survive the
+    fork; each run makes its own.
 
     Several processes ask for a save only in the steps that they log: here in all.
     """
@@ -215,6 +221,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--processes", type=int, default=1, help="of each run")
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--root", type=Path, help="a data folder (default: one of 16 rendered clips)")
     parser.add_argument("--config", type=Path, help="a configuration for it, as JSON")
@@ -230,7 +237,7 @@ def main() -> None:
         config = Config.from_dict(json.loads(args.config.read_text())) if args.config else None
         warm_up(config or Config.preset("demo").replace(**SMALL))
         root = args.root or folder / "data"
-        setting = Setting(root, root / "cache", args.processes)
+        setting = Setting(root, root / "cache", args.processes, args.threads)
         check(config or Config.preset("demo").replace(**SMALL), setting, folder, args.kills, args.seed)
 
 

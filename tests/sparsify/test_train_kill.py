@@ -17,21 +17,22 @@ SCRIPT = Path(__file__).with_name("kill_and_resume.py")
 
 
 @pytest.mark.parametrize(
-    ("kills", "processes"),
+    ("kills", "processes", "threads"),
     [
-        (5, 1),
-        pytest.param(25, 1, marks=pytest.mark.slow),
-        (1, 2),
-        pytest.param(10, 2, marks=pytest.mark.slow),
+        (5, 1, 1),
+        pytest.param(25, 1, 1, marks=pytest.mark.slow),
+        pytest.param(5, 1, 2, marks=pytest.mark.slow),
+        (1, 2, 1),
+        pytest.param(10, 2, 1, marks=pytest.mark.slow),
     ],
 )
 def test_killed_runs_go_on_as_if_nothing_had_happened(
-    kills: int, processes: int, tiny_config: Config, tiny_files: Path, tmp_path: Path
+    kills: int, processes: int, threads: int, tiny_config: Config, tiny_files: Path, tmp_path: Path
 ) -> None:
     config = tmp_path / "config.json"
     config.write_text(json.dumps(tiny_config.to_dict()))
     arguments = ["--root", str(tiny_files), "--config", str(config), "--kills", str(kills), "--seed", str(kills)]
-    arguments += ["--processes", str(processes)]
+    arguments += ["--processes", str(processes), "--threads", str(threads)]
     script = subprocess.Popen(
         [sys.executable, str(SCRIPT), *arguments],
         env=os.environ | {"OMP_NUM_THREADS": "1"},
